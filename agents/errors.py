@@ -1,0 +1,40 @@
+"""The errors of agents.
+
+AgentError
+├── EffectFailed         a recorded call to the outside world failed; the same failure is seen again in replay
+├── MissingPort          a handler asked for something that this process is not configured with
+├── NondeterminismError  a re-decided step differs from the recorded one
+└── InvalidPlan          a plan can't be carried out; the message says why
+"""
+
+__all__ = ["AgentError", "EffectFailed", "InvalidPlan", "MissingPort", "NondeterminismError"]
+
+
+class AgentError(Exception):
+    """The base of all errors that agents raise."""
+
+
+class EffectFailed(AgentError):
+    """A call to the outside world failed.
+
+    ``error_type`` is the cause's class name; ``retryable`` says whether another attempt may succeed. Both, and the
+    message, are recorded, so that replay raises the same.
+    """
+
+    def __init__(self, error_type: str, message: str, *, retryable: bool) -> None:
+        super().__init__(f"{error_type}: {message}")
+        self.error_type = error_type
+        self.message = message
+        self.retryable = retryable
+
+
+class MissingPort(AgentError):
+    """The handler asked for a part that this process has not been given."""
+
+
+class NondeterminismError(AgentError):
+    """A re-decided step does not match what was recorded."""
+
+
+class InvalidPlan(AgentError):
+    """A plan has a cycle, an unknown capability, too many steps, or is no plan at all."""

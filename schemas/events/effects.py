@@ -1,0 +1,73 @@
+"""What handlers did in the outside world: topic ``effects``.
+
+An effect's identity is the event that was being handled (``event_id``), the ``scope`` path inside the handler, the
+``request_hash`` (SHA-256, hex, of the canonical JSON request) and its ``occurrence`` among equal requests there.
+``sequence`` is the order of completion in the step, from 0, so that concurrent calls replay alike.
+"""
+
+from schemas.events.base import Event, Timestamp
+from schemas.events.tasks import Evidence
+
+__all__ = ["Effect", "LlmCalled", "MemoryRecalled", "Queried", "TextsEmbedded", "ToolCalled"]
+
+
+class Effect(Event):
+    """The fields every effect has. ``task_id`` is the key: the task's, or for documents the document's id.
+
+    ``request`` is canonical JSON; ``error`` is empty when the call succeeded; ``latency_ms`` is wall time.
+    """
+
+    task_id: str
+    agent: str
+    event_id: str
+    scope: str = ""
+    occurrence: int = 0
+    sequence: int = 0
+    request_hash: str
+    request: str
+    error: str = ""
+    started_at: Timestamp
+    latency_ms: float
+
+
+class LlmCalled(Effect, family="effects"):
+    """A language model was called. ``response`` is the canonical JSON response; ``cost_usd`` is in US dollars."""
+
+    provider: str
+    model: str
+    response: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+class ToolCalled(Effect, family="effects"):
+    """A tool ran. ``result`` is canonical JSON."""
+
+    tool: str
+    result: str = ""
+    side_effects: bool = False
+
+
+class MemoryRecalled(Effect, family="effects"):
+    """Passages were recalled by similarity to the request's query."""
+
+    model: str
+    hits: tuple[Evidence, ...] = ()
+
+
+class TextsEmbedded(Effect, family="effects"):
+    """Texts were embedded. ``vectors`` is ``count`` × ``dimensions`` float32, little-endian, row by row."""
+
+    model: str
+    model_version: str
+    dimensions: int
+    count: int
+    vectors: bytes = b""
+
+
+class Queried(Effect, family="effects"):
+    """A projection was queried. ``result`` is canonical JSON."""
+
+    target: str
+    result: str = ""

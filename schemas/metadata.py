@@ -1,0 +1,80 @@
+"""What travels beside an event: its identity, its cause, and the CloudEvents attributes made from them.
+
+In: an event's cause and place. Out: :class:`Metadata`, which the codec writes as CloudEvents 1.0 binary-mode Kafka
+headers. Ids are UUIDv5 of what caused the event, so that the same decision made twice names its events alike.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha1, sha256
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from schemas.events.base import Event
+
+__all__ = ["ID_NAMESPACE", "Envelope", "Metadata", "canonical_json", "deterministic_id", "request_hash"]
+
+ID_NAMESPACE = UUID("6d61676e-6174-5726-af6e-696300000000")
+"""The UUIDv5 namespace of all ids that Magnatronic derives."""
+
+_NAMESPACE_HASH = sha1(ID_NAMESPACE.bytes, usedforsecurity=False)
+
+
+def deterministic_id(*parts: str | int) -> str:
+    """The UUIDv5 (RFC 9562) of ``parts`` under :data:`ID_NAMESPACE`, as text.
+
+    >>> deterministic_id("cause", "scope", 0) == deterministic_id("cause", "scope", 0)
+    True
+    """
+    digest = _NAMESPACE_HASH.copy()
+    digest.update("\x1f".join(map(str, parts)).encode())
+    raw = bytearray(digest.digest()[:16])
+    raw[6] = raw[6] & 0x0F | 0x50
+    raw[8] = raw[8] & 0x3F | 0x80
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def canonical_json(value: Any) -> str:
+    """``value`` (a pydantic model, or anything JSON can hold) as JSON with sorted keys and no spaces.
+
+    Raises:
+        TypeError: it holds something that JSON can't.
+    """
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+
+
+def request_hash(request: str) -> str:
+    """The SHA-256 of a canonical JSON request, as hex."""
+    return sha256(request.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """Who made an event, why, and about what.
+
+    ``id`` is the event's id, ``source`` who made it (``/agents/<name>@<version>`` or ``/clients/<name>``), ``time`` when it was
+    decided, ``subject`` its record key. ``causation_id`` is the id of the event that it answers, ``correlation_id``
+    the id that all events of one task share (the task_id; for documents the document_id). ``traceparent`` is the W3C
+    trace context; it is no part of a decision and is left out of comparisons.
+    """
+
+    id: str
+    source: str
+    subject: str
+    time: datetime
+    causation_id: str = ""
+    correlation_id: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """An event and its metadata."""
+
+    event: Event
+    metadata: Metadata
