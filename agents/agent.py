@@ -60,7 +60,7 @@ class Agent(ABC, Generic[StateT]):
         """Decide. Emit through ``ctx.emit``, leave state in ``ctx.state``, reach outside only through ``ctx``.
 
         Raises:
-            EffectFailed: a call failed; it is tried again by policy when it is retryable.
+            EffectFailedError: a call failed; it is tried again by policy when it is retryable.
             Exception: anything else is a defect; the event goes to dead-letters after ``on_failure``.
         """
 

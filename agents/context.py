@@ -113,7 +113,7 @@ class LanguageModel(Protocol):
         """Answer ``request``.
 
         Raises:
-            EffectFailed: the call failed; ``retryable`` is set for timeouts, rate limits and server errors.
+            EffectFailedError: the call failed; ``retryable`` is set for timeouts, rate limits and server errors.
         """
 
 
@@ -177,7 +177,7 @@ class Context(Generic[StateT]):
         self.agent = agent
         self.metadata = metadata
         self.now = now
-        """The decision's time: the later of the record's timestamp and the lane's last ``now``. Never the wall clock."""
+        """The later of the record's timestamp and the lane's last ``now``; never the wall clock."""
         self.priority = priority
         self._journal = journal
         self._scope = ""
@@ -228,8 +228,8 @@ class Context(Generic[StateT]):
         """Call a language model. Recorded as LlmCalled.
 
         Raises:
-            EffectFailed: the call failed.
-            MissingPort: this process has no language model.
+            EffectFailedError: the call failed.
+            MissingPortError: this process has no language model.
         """
         return await self._journal.llm(self._scope, request)
 
@@ -237,8 +237,8 @@ class Context(Generic[StateT]):
         """The passages most similar to ``query``, best first. Recorded as MemoryRecalled.
 
         Raises:
-            EffectFailed: the search failed.
-            MissingPort: this process has no memory.
+            EffectFailedError: the search failed.
+            MissingPortError: this process has no memory.
         """
         request = RecallRequest(query=query, limit=limit, document_ids=tuple(document_ids))
         return await self._journal.recall(self._scope, request)
@@ -247,8 +247,8 @@ class Context(Generic[StateT]):
         """The vectors of ``texts``, shape (len(texts), dimensions). Recorded as TextsEmbedded.
 
         Raises:
-            EffectFailed: the model failed.
-            MissingPort: this process has no embedding model.
+            EffectFailedError: the model failed.
+            MissingPortError: this process has no embedding model.
         """
         return await self._journal.embed(self._scope, tuple(texts))
 

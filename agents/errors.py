@@ -1,20 +1,28 @@
 """The errors of agents.
 
 AgentError
-├── EffectFailed         a recorded call to the outside world failed; the same failure is seen again in replay
-├── MissingPort          a handler asked for something that this process is not configured with
+├── EffectFailedError         a recorded call to the outside world failed; the same failure is seen again in replay
+├── MissingPortError          a handler asked for something that this process is not configured with
 ├── NondeterminismError  a re-decided step differs from the recorded one
-└── InvalidPlan          a plan can't be carried out; the message says why
+├── UndeclaredOutputError a handler emitted a type that its agent does not list
+└── InvalidPlanError             a plan can't be carried out; the message says why
 """
 
-__all__ = ["AgentError", "EffectFailed", "InvalidPlan", "MissingPort", "NondeterminismError"]
+__all__ = [
+    "AgentError",
+    "EffectFailedError",
+    "InvalidPlanError",
+    "MissingPortError",
+    "NondeterminismError",
+    "UndeclaredOutputError",
+]
 
 
 class AgentError(Exception):
     """The base of all errors that agents raise."""
 
 
-class EffectFailed(AgentError):
+class EffectFailedError(AgentError):
     """A call to the outside world failed.
 
     ``error_type`` is the cause's class name; ``retryable`` says whether another attempt may succeed. Both, and the
@@ -28,7 +36,7 @@ class EffectFailed(AgentError):
         self.retryable = retryable
 
 
-class MissingPort(AgentError):
+class MissingPortError(AgentError):
     """The handler asked for a part that this process has not been given."""
 
 
@@ -36,5 +44,9 @@ class NondeterminismError(AgentError):
     """A re-decided step does not match what was recorded."""
 
 
-class InvalidPlan(AgentError):
+class UndeclaredOutputError(AgentError):
+    """A handler emitted an event type that its agent's ``emits`` does not list."""
+
+
+class InvalidPlanError(AgentError):
     """A plan has a cycle, an unknown capability, too many steps, or is no plan at all."""

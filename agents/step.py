@@ -1,0 +1,153 @@
+"""One step: an event, its lane's state and a journal go in; outputs, effects and the new state come out.
+
+Pure but for what the journal performs. Processors run it live, replay runs it with recorded effects, and the two give
+the same outputs byte for byte. Output ids are UUIDv5 of the cause, the agent and the output's place, so that a step
+that is run again names its events alike.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from agents.agent import Agent, Failure
+from agents.context import Context
+from agents.errors import EffectFailedError, UndeclaredOutputError
+from agents.journal import Journal
+from schemas.events import Event, Priority
+from schemas.metadata import Envelope, Metadata, deterministic_id
+from schemas.topics import key_of
+
+__all__ = ["LaneState", "StepResult", "decision_time", "failure_of", "run_failure", "run_step"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneState:
+    """What a lane keeps between events: the agent's model, the lane's last decision time, and when to forget it."""
+
+    value: Any
+    now: datetime
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step decided.
+
+    ``outputs`` are in emission order. ``state`` is the lane's new state, None to delete it; it is to be stored only
+    when ``state_changed``.
+    """
+
+    outputs: tuple[Envelope, ...]
+    state: LaneState | None
+    state_changed: bool
+
+
+def decision_time(timestamp_ms: int, state: LaneState | None) -> datetime:
+    """``ctx.now``: the later of the record's timestamp (ms since the epoch) and the lane's last decision time."""
+    now = _EPOCH + timedelta(milliseconds=timestamp_ms)
+    return now if state is None or now >= state.now else state.now
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What ``error`` means for its step. Only failed effects can be worth another attempt: a deterministic handler
+    that raises anything else will raise it again.
+    """
+    if isinstance(error, EffectFailedError):
+        return Failure(error.error_type, error.message, error.retryable)
+    return Failure(type(error).__name__, str(error), retryable=False)
+
+
+async def run_step(
+    agent: Agent[Any],
+    envelope: Envelope,
+    *,
+    timestamp_ms: int,
+    priority: Priority,
+    state: LaneState | None,
+    journal: Journal,
+) -> StepResult:
+    """Let ``agent`` handle the event.
+
+    Raises:
+        Exception: whatever the handler raised; nothing it emitted counts.
+    """
+    ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
+    await agent.handle(envelope.event, ctx)
+    return _result(agent, envelope, ctx, state, kind="")
+
+
+async def run_failure(
+    agent: Agent[Any],
+    envelope: Envelope,
+    failure: Failure,
+    *,
+    timestamp_ms: int,
+    priority: Priority,
+    state: LaneState | None,
+    journal: Journal,
+) -> StepResult:
+    """Let ``agent`` say what its failure on the event means for others.
+
+    Raises:
+        Exception: whatever ``on_failure`` raised.
+    """
+    ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
+    await agent.on_failure(envelope.event, failure, ctx)
+    return _result(agent, envelope, ctx, state, kind="failure")
+
+
+def _context(
+    agent: Agent[Any],
+    envelope: Envelope,
+    timestamp_ms: int,
+    priority: Priority,
+    state: LaneState | None,
+    journal: Journal,
+) -> Context[Any]:
+    return Context(
+        agent=agent.name,
+        metadata=envelope.metadata,
+        now=decision_time(timestamp_ms, state),
+        priority=priority,
+        state=None if state is None else state.value,
+        journal=journal,
+    )
+
+
+def _result(
+    agent: Agent[Any], envelope: Envelope, ctx: Context[Any], before: LaneState | None, *, kind: str
+) -> StepResult:
+    events, value, expires_after = ctx.collected()
+    cause = envelope.metadata
+    outputs = tuple(
+        Envelope(
+            event,
+            Metadata(
+                id=deterministic_id(cause.id, agent.name, kind, ordinal),
+                source=agent.source,
+                subject=key_of(event),
+                time=ctx.now,
+                causation_id=cause.id,
+                correlation_id=cause.correlation_id,
+                traceparent=cause.traceparent,
+            ),
+        )
+        for ordinal, event in enumerate(_checked(agent, events))
+    )
+    if before is not None and value is before.value:
+        return StepResult(outputs, before, state_changed=False)
+    if value is None:
+        return StepResult(outputs, None, state_changed=before is not None)
+    expires_at = None if expires_after is None else ctx.now + expires_after
+    return StepResult(outputs, LaneState(value, ctx.now, expires_at), state_changed=True)
+
+
+def _checked(agent: Agent[Any], events: tuple[Event, ...]) -> tuple[Event, ...]:
+    for event in events:
+        if type(event) not in agent.emits:
+            raise UndeclaredOutputError(
+                f"{agent.name} emitted {type(event).__name__}, which its `emits` does not list; add it there"
+            )
+    return events
