@@ -1,11 +1,11 @@
 """The errors of agents.
 
 AgentError
-├── EffectFailedError         a recorded call to the outside world failed; the same failure is seen again in replay
-├── MissingPortError          a handler asked for something that this process is not configured with
-├── NondeterminismError  a re-decided step differs from the recorded one
-├── UndeclaredOutputError a handler emitted a type that its agent does not list
-└── InvalidPlanError             a plan can't be carried out; the message says why
+├── EffectFailedError      a recorded call to the outside world failed; the same failure is seen again in replay
+├── InvalidPlanError       a plan can't be carried out; the message says why
+├── MissingPortError       a handler asked for something that this process is not configured with
+├── NondeterminismError    a re-decided step differs from the recorded one
+└── UndeclaredOutputError  a handler emitted a type that its agent does not list
 """
 
 __all__ = [

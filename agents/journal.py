@@ -6,6 +6,7 @@ the event, the scope path, the request's hash and its occurrence among equal req
 replayed in replay, but not reused by a later live attempt.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -40,17 +41,21 @@ class Journal:
 
     Live, give it ``ports``; calls that ``recorded`` does not answer are performed. In replay give it
     ``replaying=True``: a call that was not recorded is a NondeterminismError, and nothing is ever performed.
+    ``timeout_s`` bounds an attempt: the call under way when it has passed fails, and is recorded as failed, so that
+    replay fails at the same place. A handler waits for nothing but its effects, which makes this its own time limit.
     """
 
     __slots__ = (
         "_agent",
         "_cause",
+        "_deadline",
         "_key",
         "_occurrences",
         "_ports",
         "_recorded",
         "_replaying",
         "_source",
+        "_timeout_s",
         "performed",
     )
 
@@ -64,6 +69,7 @@ class Journal:
         ports: Ports = _NO_PORTS,
         recorded: Iterable[Effect] = (),
         replaying: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         self._agent = agent
         self._source = source
@@ -72,6 +78,8 @@ class Journal:
         self._ports = ports
         self._recorded = self._index(recorded, replaying)
         self._replaying = replaying
+        self._timeout_s = timeout_s
+        self._deadline: float | None = None
         self._occurrences: dict[tuple[str, str, str], int] = {}
         self.performed: list[Envelope] = []
         """Effects performed so far, over all attempts, in order of completion."""
@@ -91,6 +99,15 @@ class Journal:
             if isinstance(effect, Effect) and not effect.error:
                 self._recorded[identity_of(effect)] = effect
         self._occurrences.clear()
+        self._deadline = None
+
+    def unasked(self) -> list[str]:
+        """What was recorded but has not been asked for, as ``<effect type> <request hash>`` (12 digits of it)."""
+        return [
+            f"{name} {hashed[:12]}"
+            for name, scope, hashed, occurrence in self._recorded
+            if occurrence >= self._occurrences.get((name, scope, hashed), 0)
+        ]
 
     async def llm(self, scope: str, request: LlmRequest) -> LlmResponse:
         """Call the language model; see :meth:`agents.context.Context.llm`."""
@@ -203,7 +220,7 @@ class Journal:
         started, clock = datetime.now(UTC), time.perf_counter()
         error = ""
         try:
-            fields = succeeded(await call())
+            fields = succeeded(await self._within_deadline(call))
         except EffectFailedError as failure:
             error = _error_json(failure.error_type, failure.message, failure.retryable)
             fields = failed()
@@ -237,6 +254,19 @@ class Journal:
         )
         self.performed.append(Envelope(effect, metadata))
         return effect
+
+    async def _within_deadline(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        if self._timeout_s is None:
+            return await call()
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._timeout_s
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                return await call()
+        except TimeoutError:
+            raise EffectFailedError(
+                "HandlerTimeout", f"no result within {self._timeout_s:g} s of the attempt's first call", retryable=True
+            ) from None
 
 
 def _error_json(error_type: str, message: str, retryable: bool) -> str:

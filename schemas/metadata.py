@@ -58,9 +58,9 @@ class Metadata:
     """Who made an event, why, and about what.
 
     ``id`` is the event's id, ``source`` who made it (``/agents/<name>@<version>`` or ``/clients/<name>``), ``time``
-    when it was decided, ``subject`` its record key. ``causation_id`` is the id of the event that it answers, ``correlation_id``
-    the id that all events of one task share (the task_id; for documents the document_id). ``traceparent`` is the W3C
-    trace context; it is no part of a decision and is left out of comparisons.
+    when it was decided, ``subject`` its record key. ``causation_id`` is the id of the event that it answers,
+    ``correlation_id`` the id that all events of one task share (the task_id; for documents the document_id).
+    ``traceparent`` is the W3C trace context; it is no part of a decision and is left out of comparisons.
     """
 
     id: str

@@ -13,7 +13,7 @@ must have a default, so that every version reads every other.
 from datetime import UTC, datetime
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, JsonValue
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
 __all__ = ["EVENT_TYPES", "NAMESPACE", "Event", "Float32", "Micros", "Timestamp", "Value"]
 
@@ -58,8 +58,8 @@ class Event(Value):
     family: ClassVar[str] = ""
     full_name: ClassVar[str] = ""
 
-    def __init_subclass__(cls, family: str | None = None, **kwargs: JsonValue) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, family: str | None = None) -> None:
+        super().__init_subclass__()
         if family is not None:
             cls.family = family
             cls.full_name = f"{NAMESPACE}.{family}.{cls.__name__}"

@@ -1,0 +1,1 @@
+"""History: read any stretch of the log, and decide it again with the recorded effects."""
