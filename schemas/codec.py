@@ -1,0 +1,385 @@
+"""The codec: events to Kafka values and headers, and back. Every event in the log went through here.
+
+In: an event and its metadata. Out: the Confluent wire format (magic 0, schema id, Avro) and CloudEvents 1.0 binary-mode
+headers; the same event and metadata always give the same bytes. The other way round it takes any bytes at all: what is
+no event gives a :class:`schemas.errors.DecodeError` that names the record. The header ``ce_dataschema`` (full name and
+fingerprint) decides what schema the bytes were written with; a record of a stock producer, without it, is read by its
+framing id, and gets metadata that depends on nothing but its place in the log.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from pydantic import ValidationError
+
+from schemas.avro_generation import parsed_schema
+from schemas.avro_reader import MAX_VALUES, compile_reader
+from schemas.avro_schema import RecordType, Schema, fingerprint
+from schemas.avro_writer import compile_writer
+from schemas.encryption import FieldCipher, personal_fields
+from schemas.errors import (
+    DecodeError,
+    EncodeError,
+    EventTooLargeError,
+    GenerationError,
+    InvalidEventError,
+    MalformedError,
+    RegistryError,
+    TooLargeError,
+    UnknownSchemaError,
+    UnsafeSchemaError,
+)
+from schemas.events import EVENT_TYPES
+from schemas.events.base import Event
+from schemas.metadata import Envelope, Metadata, deterministic_id
+from schemas.record import Record
+from schemas.registry import Manifest, ManifestIds, SchemaIds
+from schemas.topics import MAX_MESSAGE_BYTES, TOPICS
+from schemas.upcasters import UPCASTERS, Upcaster, Upcasters
+
+__all__ = ["MAX_BYTES", "UNKNOWN_SOURCE", "Codec", "Encoded"]
+
+MAX_BYTES: Final = max(topic.max_message_bytes for topic in TOPICS)
+"""The default size cap: the largest message that any topic takes. The broker holds each topic to its own."""
+
+UNKNOWN_SOURCE: Final = "/clients/unknown"
+"""The source of records whose producer did not name itself."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FRAME: Final = struct.Struct(">BI")
+_HEADER_BYTES: Final = _FRAME.size
+_MAX_HEADER_BYTES: Final = 65_536
+_MAX_READERS: Final = 1024
+
+
+class Encoded(NamedTuple):
+    """A record's value and headers, as a producer takes them."""
+
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+@dataclass(slots=True)
+class _Writing:
+    """What is the same for every event of a type."""
+
+    frame: bytes
+    write: Callable[[Any], list[bytes]]
+    type_header: tuple[str, bytes]
+    schema_header: tuple[str, bytes]
+    check: Callable[[bytes, int], Any]
+    personal: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """How the bytes of one writer's schema become an event."""
+
+    written_type: bytes
+    read: Callable[[bytes, int], dict[str, Any]]
+    upcast: Upcaster | None
+    validate: Callable[[dict[str, Any]], Event]
+    name: str
+    key: str
+    personal: dict[str, str]
+
+
+class Codec:
+    """Encodes and decodes events. Safe to share between threads.
+
+    ``ids`` is where schema ids come from (None: the committed manifest), ``cipher`` encrypts personal fields, and
+    ``max_bytes`` is the cap on a record's value.
+    """
+
+    def __init__(
+        self,
+        ids: SchemaIds | None = None,
+        *,
+        cipher: FieldCipher | None = None,
+        max_bytes: int = MAX_BYTES,
+        manifest: Manifest | None = None,
+        upcasters: Upcasters = UPCASTERS,
+    ) -> None:
+        self._manifest = Manifest.load() if manifest is None else manifest
+        self._ids = ManifestIds(self._manifest) if ids is None else ids
+        self._cipher = cipher
+        self._max_bytes = max_bytes
+        self._upcasters = upcasters
+        self._writing: dict[type[Event], _Writing] = {}
+        self._by_schema: dict[bytes, _Reading] = {}
+        self._by_id: dict[int, _Reading] = {}
+
+    def encode(self, event: Event, metadata: Metadata) -> Encoded:
+        """The value and headers of ``event``.
+
+        Raises:
+            EncodeError: the event (made without validation) or the metadata can't be written, or is over the size cap.
+            RegistryError: the type has no schema id.
+        """
+        kind = type(event)
+        writing = self._writing.get(kind) or self._prepare_writing(kind)
+        headers: list[tuple[str, bytes]] = [
+            _SPECVERSION,
+            writing.type_header,
+            ("ce_source", metadata.source.encode()),
+            ("ce_id", metadata.id.encode()),
+            ("ce_time", _rfc3339(metadata.time)),
+            writing.schema_header,
+        ]
+        try:
+            if metadata.subject:
+                headers.append(("ce_subject", metadata.subject.encode()))
+            if metadata.causation_id:
+                headers.append(("ce_causationid", metadata.causation_id.encode()))
+            if metadata.correlation_id:
+                headers.append(("ce_correlationid", metadata.correlation_id.encode()))
+            headers.append(_CONTENT_TYPE)
+            if metadata.traceparent:
+                headers.append(("traceparent", metadata.traceparent.encode()))
+            if writing.personal and self._cipher is not None:
+                event = self._encrypt(event, writing.personal, headers)
+            value = writing.frame + b"".join(writing.write(event))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+            raise EncodeError(
+                f"{kind.full_name} of {metadata.source} can't be encoded ({type(error).__name__}: {error}); "
+                "validate it with its model before it is emitted"
+            ) from error
+        if len(value) > MAX_VALUES:
+            self._check_size(kind, value, writing)
+        return Encoded(value, headers)
+
+    def decode(self, record: Record) -> Envelope:
+        """The event and metadata of ``record``.
+
+        Raises:
+            DecodeError: the record is no event that can be read here; the subclass says why.
+            RegistryError: the registry, which alone could tell the writer's schema, did not answer; worth a retry.
+        """
+        try:
+            return self._decode(record)
+        except DecodeError as error:
+            place = f"{record.topic}[{record.partition}]@{record.offset}"
+            raise type(error)(f"{place}: {error}") from error.__cause__
+
+    def _decode(self, record: Record) -> Envelope:
+        value = record.value
+        if value is None:
+            raise MalformedError("the record has no value; events are never tombstones")
+        if len(value) > self._max_bytes:
+            raise TooLargeError(f"the value has {len(value)} bytes, over the cap of {self._max_bytes}")
+        if len(value) < _HEADER_BYTES or value[0] != 0:
+            raise MalformedError(
+                f"the value starts with {value[:_HEADER_BYTES].hex() or 'nothing'}, not with magic byte 0 and a schema "
+                "id; write it with the Confluent wire format"
+            )
+        headers = dict(record.headers)
+        named = headers.get("ce_dataschema")
+        reading = self._by_id.get(int.from_bytes(value[1:5], "big")) if named is None else self._by_schema.get(named)
+        if reading is None:
+            reading = self._prepare_reading(named, int.from_bytes(value[1:5], "big"))
+        fields = reading.read(value, _HEADER_BYTES)
+        if reading.upcast is not None:
+            fields = _upcast(reading, fields)
+        if reading.personal and self._cipher is not None:
+            self._decrypt(fields, reading, headers.get("ce_encryptedfields"))
+        try:
+            event = reading.validate(fields)
+        except ValidationError as error:
+            raise InvalidEventError(
+                f"{reading.name} breaks its model's rules: {_first_problems(error)}; mend the producer"
+            ) from None
+        return Envelope(event, self._metadata(record, headers, event, reading))
+
+    def _metadata(self, record: Record, headers: dict[str, bytes | None], event: Event, reading: _Reading) -> Metadata:
+        get = headers.get
+        if (version := get("ce_specversion")) is not None and version != b"1.0":
+            raise MalformedError(f"ce_specversion is {version[:40]!r}, but only CloudEvents 1.0 is read")
+        if (kind := get("ce_type")) is not None and kind != reading.written_type:
+            raise MalformedError(
+                f"ce_type is {kind[:100]!r}, but the schema is that of {reading.written_type.decode()}"
+            )
+        try:
+            event_id, source, subject = get("ce_id"), get("ce_source"), get("ce_subject")
+            time, cause, correlation = get("ce_time"), get("ce_causationid"), get("ce_correlationid")
+            trace = get("traceparent")
+            return Metadata(
+                event_id.decode() if event_id else deterministic_id(record.topic, record.partition, record.offset),
+                source.decode() if source else UNKNOWN_SOURCE,
+                subject.decode() if subject else _key_text(record, event, reading),
+                _parse_time(time) if time else _EPOCH + timedelta(milliseconds=record.timestamp_ms),
+                cause.decode() if cause else "",
+                correlation.decode() if correlation else ("" if event_id else str(getattr(event, reading.key, ""))),
+                trace.decode() if trace else "",
+            )
+        except UnicodeDecodeError as error:
+            raise MalformedError(f"a CloudEvents header is no UTF-8: {error.object[:60]!r}") from None
+        except (ValueError, OverflowError) as error:
+            raise MalformedError(f"ce_time or the record's timestamp is no point in time: {error}") from None
+
+    def _prepare_writing(self, kind: type[Event]) -> _Writing:
+        try:
+            schema = parsed_schema(kind)
+        except (GenerationError, UnsafeSchemaError) as error:
+            raise EncodeError(f"{kind.__name__} has no Avro schema: {error}") from error
+        made = self._writing[kind] = _Writing(
+            frame=_FRAME.pack(0, self._ids.id_of(schema)),
+            write=compile_writer(schema),
+            type_header=("ce_type", schema.name.encode()),
+            schema_header=("ce_dataschema", f"{schema.name}/{fingerprint(schema)}".encode()),
+            check=compile_reader(schema),
+            personal=personal_fields(kind),
+        )
+        return made
+
+    def _prepare_reading(self, named: bytes | None, schema_id: int) -> _Reading:
+        """Find the writer's schema and compile its reader; remembered, as few schemas write most records."""
+        if named is None:
+            made = self._reading(self._fetch(schema_id), f"schema id {schema_id}")
+            _remember(self._by_id, schema_id, made)
+            return made
+        try:
+            name, _, print_ = named.decode("ascii").partition("/")
+        except UnicodeDecodeError:
+            raise MalformedError(f"ce_dataschema {named[:100]!r} is no <full name>/<fingerprint>") from None
+        if not name or not print_:
+            raise MalformedError(f"ce_dataschema {named[:100]!r} is no <full name>/<fingerprint>")
+        version = self._manifest.find(name, print_)
+        schema: Schema
+        if version is not None:
+            schema = version.parsed
+        else:
+            # A newer release wrote it: this one's manifest can't know it, but a registry may.
+            schema = self._fetch(schema_id)
+            if fingerprint(schema) != print_:
+                raise UnknownSchemaError(
+                    f"the manifest does not know {named[:200]!r}, and schema id {schema_id} is another schema; "
+                    "upgrade this release"
+                )
+        made = self._reading(schema, f"ce_dataschema {named[:200]!r}")
+        _remember(self._by_schema, named, made)
+        return made
+
+    def _fetch(self, schema_id: int) -> Schema:
+        try:
+            schema = self._ids.schema_of(schema_id)
+        except UnsafeSchemaError as error:
+            raise UnknownSchemaError(f"schema id {schema_id} is not read with: {error}") from error
+        if schema is None:
+            raise UnknownSchemaError(
+                f"nobody knows schema id {schema_id}; set MAGNATRONIC_SCHEMA_REGISTRY_URL to the registry of the producer"
+            )
+        return schema
+
+    def _reading(self, schema: Schema, what: str) -> _Reading:
+        if not isinstance(schema, RecordType):
+            raise UnknownSchemaError(f"{what} is no record, so no event")
+        version = self._manifest.find(schema.name, fingerprint(schema))
+        upcast = None if version is None else self._upcasters.plan(version.name, version.version)
+        name = schema.name if upcast is None else upcast.target
+        model = EVENT_TYPES.get(name)
+        if model is None:
+            raise UnknownSchemaError(f"{what} is of type {name}, and this release has no such event")
+        try:
+            read = compile_reader(schema, None if upcast is not None else parsed_schema(model))
+        except UnsafeSchemaError as error:
+            raise UnknownSchemaError(f"{what}: {error}") from error
+        return _Reading(
+            written_type=schema.name.encode(),
+            read=read,
+            upcast=upcast,
+            validate=model.__pydantic_validator__.validate_python,
+            name=name,
+            key=next((topic.key for topic in TOPICS if model in topic.events), ""),
+            personal=personal_fields(model),
+        )
+
+    def _check_size(self, kind: type[Event], value: bytes, writing: _Writing) -> None:
+        if len(value) > self._max_bytes:
+            raise EventTooLargeError(
+                f"{kind.full_name} has {len(value)} bytes encoded, over the cap of {self._max_bytes}; "
+                "emit less in one event"
+            )
+        try:
+            writing.check(value, _HEADER_BYTES)
+        except DecodeError as error:
+            raise EventTooLargeError(f"{kind.full_name} could not be read again: {error}") from error
+
+    def _encrypt(self, event: Event, personal: dict[str, str], headers: list[tuple[str, bytes]]) -> Event:
+        assert self._cipher is not None
+        changed: dict[str, Any] = {}
+        for field, subject in personal.items():
+            plain = getattr(event, field)
+            raw = plain.encode() if isinstance(plain, str) else plain
+            secret = self._cipher.encrypt(str(getattr(event, subject)), f"{event.full_name}.{field}", raw)
+            changed[field] = secret.hex() if isinstance(plain, str) else secret
+        headers.append(("ce_encryptedfields", ",".join(sorted(changed)).encode()))
+        return event.model_copy(update=changed)
+
+    def _decrypt(self, fields: dict[str, Any], reading: _Reading, named: bytes | None) -> None:
+        assert self._cipher is not None
+        listed = set((named or b"").decode("ascii", "replace").split(","))
+        for field, subject in reading.personal.items():
+            if field not in listed:
+                continue
+            secret = fields[field]
+            try:
+                raw = bytes.fromhex(secret) if isinstance(secret, str) else secret
+                plain = self._cipher.decrypt(str(fields[subject]), f"{reading.name}.{field}", raw)
+                fields[field] = (plain or b"").decode() if isinstance(secret, str) else plain or b""
+            except (ValueError, KeyError) as error:
+                raise MalformedError(f"{reading.name}.{field} can't be decrypted: {error}") from error
+
+
+_SPECVERSION: Final = ("ce_specversion", b"1.0")
+_CONTENT_TYPE: Final = ("content-type", b"application/avro")
+
+
+def _rfc3339(time: datetime) -> bytes:
+    if time.tzinfo is not UTC:
+        if time.tzinfo is None:
+            raise EncodeError("the metadata's time has no time zone; use an aware datetime")
+        time = time.astimezone(UTC)
+    return (time.isoformat("T", "microseconds")[:26] + "Z").encode()
+
+
+def _parse_time(text: bytes) -> datetime:
+    time = datetime.fromisoformat(text.decode())
+    if time.tzinfo is UTC:
+        return time
+    if time.tzinfo is None:
+        raise ValueError(f"{text[:40]!r} has no time zone")
+    return time.astimezone(UTC)
+
+
+def _key_text(record: Record, event: Event, reading: _Reading) -> str:
+    if record.key is not None:
+        try:
+            return record.key.decode()
+        except UnicodeDecodeError:
+            pass
+    return str(getattr(event, reading.key, ""))
+
+
+def _upcast(reading: _Reading, fields: dict[str, Any]) -> dict[str, Any]:
+    assert reading.upcast is not None
+    try:
+        return reading.upcast(fields)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidEventError(
+            f"the upcaster to {reading.name} failed ({type(error).__name__}: {error}); mend it in schemas.upcasters"
+        ) from error
+
+
+def _first_problems(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems[:3]]
+    return "; ".join(told)[:500]
+
+
+def _remember(readings: dict[Any, _Reading], key: Any, made: _Reading) -> None:
+    while len(readings) >= _MAX_READERS:
+        del readings[next(iter(readings))]
+    readings[key] = made
