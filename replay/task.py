@@ -224,7 +224,7 @@ async def _redecide_step(
 async def _decide(
     agent: Agent[Any], record: Record, envelope: Envelope, state: LaneState | None, journal: Journal
 ) -> tuple[StepResult, str]:
-    where = {
+    where: dict[str, Any] = {
         "timestamp_ms": record.timestamp_ms,
         "priority": priority_of(record.topic),
         "state": state,
