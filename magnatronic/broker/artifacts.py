@@ -97,7 +97,7 @@ class ArtifactSet:
         return folder
 
     def _verified(self, folder: Path) -> bool:
-        """Whether ``folder`` holds the pinned files. Files unchanged since they were last hashed are not hashed again."""
+        """Whether ``folder`` holds the pinned files; one unchanged since it was last hashed is not hashed again."""
         stamp = folder / _STAMP
         try:
             seen = json.loads(stamp.read_text())
@@ -143,7 +143,7 @@ class ArtifactSet:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _place(self, artifact: Artifact, content: Path, staging: Path, damaged: Path) -> None:
-        """Puts one file into ``content``, from the damaged folder's good files, the local repository, or a remote one."""
+        """Puts one file into ``content``: from the damaged folder, the local repository, or a remote one."""
         target = content / artifact.filename
         for known in (damaged / artifact.filename, *_local_copies(artifact)):
             if known.is_file() and known.stat().st_size == artifact.size and sha256_of(known) == artifact.sha256:

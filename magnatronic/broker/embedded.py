@@ -250,12 +250,10 @@ class EmbeddedBroker:
         except OSError:
             return False
         try:
-            metadata = AdminClient({"bootstrap.servers": self._bootstrap_servers, "log_level": 0}).list_topics(
-                timeout=2
-            )
+            client = AdminClient({"bootstrap.servers": self._bootstrap_servers, "log_level": 0})
+            return bool(client.list_topics(timeout=2).brokers)
         except KafkaException:
             return False
-        return bool(metadata.brokers)
 
 
 class _FolderLock:

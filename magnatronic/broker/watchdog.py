@@ -69,7 +69,7 @@ def _become(command: list[str], log: str, libc: ctypes.CDLL | None, parent: int)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.execv(command[0], command)
-    except BaseException as error:
+    except OSError as error:
         os.write(2, f"{command[0]}: {error}\n".encode())
     finally:
         os._exit(127)
