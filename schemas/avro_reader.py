@@ -34,11 +34,13 @@ from schemas.errors import (
     UnsafeSchemaError,
 )
 
-__all__ = ["MAX_VALUES", "compile_reader", "default_value"]
+__all__ = ["MAX_VALUES", "compile_reader", "default_value", "values_per_byte"]
 
 MAX_VALUES: Final = 131_072
-"""The most array items and map entries, each times its fields, that one record may hold: a message can be small in bytes
-and still large in memory (an empty string is one byte, and tens in Python)."""
+"""The most array items and map entries, each times its fields, that one record may hold.
+
+A message can be small in bytes and still large in memory: an empty string is one byte, and tens of them in Python.
+"""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_VARINT_BYTES: Final = 10
@@ -318,6 +320,19 @@ class _Compiler:
         if value == [] or value == {}:
             return repr(value)
         return self._constant(value)
+
+
+def values_per_byte(schema: Schema) -> float:
+    """An upper bound on what one byte of the schema's values can take from the budget of :data:`MAX_VALUES`."""
+    if isinstance(schema, ArrayType):
+        return schema.items.nodes / schema.items.min_size + values_per_byte(schema.items)
+    if isinstance(schema, MapType):
+        return (1 + schema.values.nodes) / (1 + schema.values.min_size) + values_per_byte(schema.values)
+    if isinstance(schema, RecordType):
+        return sum(values_per_byte(field.type) for field in schema.fields)
+    if isinstance(schema, UnionType):
+        return sum(values_per_byte(branch) for branch in schema.branches)
+    return 0.0
 
 
 def default_value(schema: Schema, default: Any) -> Any:

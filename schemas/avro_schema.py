@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 PRIMITIVES: Final = ("null", "boolean", "int", "long", "float", "double", "bytes", "string")
-MAX_NODES: Final = 4096
+MAX_NODES: Final = 1024
 MAX_TEXT: Final = 1 << 20
 MAX_DEPTH: Final = 64
 MAX_FIXED: Final = 1 << 20

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import ValidationError
 
 from schemas.avro_generation import parsed_schema
-from schemas.avro_reader import MAX_VALUES, compile_reader
+from schemas.avro_reader import MAX_VALUES, compile_reader, values_per_byte
 from schemas.avro_schema import RecordType, Schema, fingerprint
 from schemas.avro_writer import compile_writer
 from schemas.encryption import FieldCipher, personal_fields
@@ -27,7 +27,6 @@ from schemas.errors import (
     GenerationError,
     InvalidEventError,
     MalformedError,
-    RegistryError,
     TooLargeError,
     UnknownSchemaError,
     UnsafeSchemaError,
@@ -37,8 +36,8 @@ from schemas.events.base import Event
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.registry import Manifest, ManifestIds, SchemaIds
-from schemas.topics import MAX_MESSAGE_BYTES, TOPICS
-from schemas.upcasters import UPCASTERS, Upcaster, Upcasters
+from schemas.topics import TOPICS
+from schemas.upcasters import UPCASTERS, Upcaster, Upcasters, prune
 
 __all__ = ["MAX_BYTES", "UNKNOWN_SOURCE", "Codec", "Encoded"]
 
@@ -51,7 +50,8 @@ UNKNOWN_SOURCE: Final = "/clients/unknown"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FRAME: Final = struct.Struct(">BI")
 _HEADER_BYTES: Final = _FRAME.size
-_MAX_HEADER_BYTES: Final = 65_536
+_MAX_MESSAGE: Final = 600
+_MAX_PROBLEMS: Final = 50
 _MAX_READERS: Final = 1024
 
 
@@ -71,6 +71,7 @@ class _Writing:
     type_header: tuple[str, bytes]
     schema_header: tuple[str, bytes]
     check: Callable[[bytes, int], Any]
+    check_above: int
     personal: dict[str, str]
 
 
@@ -83,6 +84,7 @@ class _Reading:
     upcast: Upcaster | None
     validate: Callable[[dict[str, Any]], Event]
     name: str
+    schema: RecordType
     key: str
     personal: dict[str, str]
 
@@ -121,15 +123,15 @@ class Codec:
         """
         kind = type(event)
         writing = self._writing.get(kind) or self._prepare_writing(kind)
-        headers: list[tuple[str, bytes]] = [
-            _SPECVERSION,
-            writing.type_header,
-            ("ce_source", metadata.source.encode()),
-            ("ce_id", metadata.id.encode()),
-            ("ce_time", _rfc3339(metadata.time)),
-            writing.schema_header,
-        ]
         try:
+            headers: list[tuple[str, bytes]] = [
+                _SPECVERSION,
+                writing.type_header,
+                ("ce_source", metadata.source.encode()),
+                ("ce_id", metadata.id.encode()),
+                ("ce_time", _rfc3339(metadata.time)),
+                writing.schema_header,
+            ]
             if metadata.subject:
                 headers.append(("ce_subject", metadata.subject.encode()))
             if metadata.causation_id:
@@ -144,10 +146,10 @@ class Codec:
             value = writing.frame + b"".join(writing.write(event))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
             raise EncodeError(
-                f"{kind.full_name} of {metadata.source} can't be encoded ({type(error).__name__}: {error}); "
+                f"{kind.full_name} of {metadata.source!r} can't be encoded ({type(error).__name__}: {error}); "
                 "validate it with its model before it is emitted"
             ) from error
-        if len(value) > MAX_VALUES:
+        if len(value) > writing.check_above:
             self._check_size(kind, value, writing)
         return Encoded(value, headers)
 
@@ -162,7 +164,7 @@ class Codec:
             return self._decode(record)
         except DecodeError as error:
             place = f"{record.topic}[{record.partition}]@{record.offset}"
-            raise type(error)(f"{place}: {error}") from error.__cause__
+            raise type(error)(f"{place}: {str(error)[:_MAX_MESSAGE]}") from error.__cause__
 
     def _decode(self, record: Record) -> Envelope:
         value = record.value
@@ -230,6 +232,8 @@ class Codec:
             type_header=("ce_type", schema.name.encode()),
             schema_header=("ce_dataschema", f"{schema.name}/{fingerprint(schema)}".encode()),
             check=compile_reader(schema),
+            # Fewer bytes can't hold more values than a reader takes.
+            check_above=min(self._max_bytes, int(MAX_VALUES / max(values_per_byte(schema), 1))),
             personal=personal_fields(kind),
         )
         return made
@@ -269,7 +273,7 @@ class Codec:
             raise UnknownSchemaError(f"schema id {schema_id} is not read with: {error}") from error
         if schema is None:
             raise UnknownSchemaError(
-                f"nobody knows schema id {schema_id}; set MAGNATRONIC_SCHEMA_REGISTRY_URL to the registry of the producer"
+                f"nobody knows schema id {schema_id}; set MAGNATRONIC_SCHEMA_REGISTRY_URL to the producer's registry"
             )
         return schema
 
@@ -292,6 +296,7 @@ class Codec:
             upcast=upcast,
             validate=model.__pydantic_validator__.validate_python,
             name=name,
+            schema=parsed_schema(model),
             key=next((topic.key for topic in TOPICS if model in topic.events), ""),
             personal=personal_fields(model),
         )
@@ -366,7 +371,8 @@ def _key_text(record: Record, event: Event, reading: _Reading) -> str:
 def _upcast(reading: _Reading, fields: dict[str, Any]) -> dict[str, Any]:
     assert reading.upcast is not None
     try:
-        return reading.upcast(fields)
+        values: dict[str, Any] = prune(reading.schema, reading.upcast(fields))
+        return values
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InvalidEventError(
             f"the upcaster to {reading.name} failed ({type(error).__name__}: {error}); mend it in schemas.upcasters"
@@ -374,6 +380,9 @@ def _upcast(reading: _Reading, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_problems(error: ValidationError) -> str:
+    if error.error_count() > _MAX_PROBLEMS:
+        # Telling each would take longer than finding them.
+        return f"{error.error_count()} fields are wrong"
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems[:3]]
     return "; ".join(told)[:500]

@@ -30,7 +30,7 @@ class FieldCipher(Protocol):
     """
 
     def encrypt(self, subject: str, field: str, plaintext: bytes) -> bytes:
-        """The ciphertext of ``field`` (``<full name>.<field>``, to be authenticated with it) under ``subject``'s key."""
+        """The ciphertext under the key of ``subject``, bound to ``field`` (``<full name>.<field>``)."""
 
     def decrypt(self, subject: str, field: str, ciphertext: bytes) -> bytes | None:
         """The plaintext, or None when ``subject``'s key was destroyed; the field then reads as empty.

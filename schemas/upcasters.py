@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["UPCASTERS", "Upcast", "Upcaster", "Upcasters"]
+from schemas.avro_schema import ArrayType, MapType, RecordType, Schema, UnionType
+
+__all__ = ["UPCASTERS", "Upcast", "Upcaster", "Upcasters", "prune"]
 
 Values = dict[str, Any]
 Upcast = Callable[[Values], Values]
@@ -91,6 +93,22 @@ class Upcasters:
             steps += [step for at, step in sorted(self._steps.get(name, {}).items()) if at >= version]
             name, version = self._renamed.get(name), 1
         return Upcaster(full_name, tuple(steps)) if steps or full_name != asked else None
+
+
+def prune(schema: Schema, value: Any) -> Any:
+    """``value`` without the record fields that ``schema`` lacks, at any depth.
+
+    An upcaster gets values as they were written: Avro's resolution did not drop what the current type lacks.
+    """
+    if isinstance(schema, UnionType):
+        return None if value is None else prune(schema.branches[-1], value)
+    if isinstance(schema, RecordType) and isinstance(value, dict):
+        return {field.name: prune(field.type, value[field.name]) for field in schema.fields if field.name in value}
+    if isinstance(schema, ArrayType):
+        return [prune(schema.items, item) for item in value]
+    if isinstance(schema, MapType):
+        return {key: prune(schema.values, item) for key, item in value.items()}
+    return value
 
 
 UPCASTERS: Final = Upcasters()
