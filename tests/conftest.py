@@ -1,14 +1,28 @@
-"""What all tests share: one real Kafka a session."""
+"""What all tests share: one real Kafka and one real schema registry a session, each started when first asked for."""
 
 import itertools
+import shutil
+import tarfile
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from magnatronic.broker import EmbeddedBroker
+from magnatronic.broker.artifacts import Artifact, ArtifactSet
+from magnatronic.broker.java import find_java
+from magnatronic.broker.process import LOCALHOST, JavaProcess, free_ports
+
+APICURIO = Artifact(
+    "io.apicurio:apicurio-registry-app:3.3.3:all:tar.gz",
+    "8bc6751c76d963734224b01d5e7f84ccb3cb61c87d3bd77c36c35f10a5cbed63",
+    158_577_952,
+)
 
 
 class KafkaForTests:
@@ -54,3 +68,44 @@ class KafkaForTests:
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaForTests]:
     with EmbeddedBroker(tmp_path_factory.mktemp("kafka")) as broker:
         yield KafkaForTests(broker.bootstrap_servers)
+
+
+def _unpacked(archive: Path) -> Path:
+    """The archive's content, unpacked beside it once for all sessions."""
+    target = archive.parent / "unpacked"
+    if not target.exists():
+        staging = Path(tempfile.mkdtemp(dir=archive.parent))
+        with tarfile.open(archive) as tar:
+            tar.extractall(staging / "content", filter="data")
+        try:
+            (staging / "content").rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+        shutil.rmtree(staging)
+    return target
+
+
+@pytest.fixture(scope="session")
+def apicurio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The Confluent-compatible URL of a real Apicurio Registry; it keeps what is registered until the session ends."""
+    folder = _unpacked(ArtifactSet("the registry tests", (APICURIO,)).fetch() / APICURIO.filename)
+    java = find_java()
+    port, management_port = free_ports(2)
+    url = f"http://{LOCALHOST}:{port}/apis/ccompat/v7"
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/subjects", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    command = [
+        *(str(java.executable), "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
+        *(f"-Dquarkus.http.host={LOCALHOST}", f"-Dquarkus.http.port={port}"),
+        *(f"-Dquarkus.management.host={LOCALHOST}", f"-Dquarkus.management.port={management_port}"),
+        *("-jar", str(folder / "quarkus-run.jar")),
+    ]
+    work = tmp_path_factory.mktemp("apicurio")
+    with JavaProcess("Apicurio Registry", command, output_path=work / "apicurio.log", ready=ready, cwd=work):
+        yield url

@@ -20,14 +20,13 @@ from confluent_kafka.admin import AdminClient
 from magnatronic.broker.artifacts import ArtifactSet
 from magnatronic.broker.errors import DataFolderInUseError, JavaProcessError
 from magnatronic.broker.java import Java, find_java
-from magnatronic.broker.process import JavaProcess, last_lines
+from magnatronic.broker.process import LOCALHOST, JavaProcess, free_ports, last_lines
 
 __all__ = ["KAFKA_JARS", "EmbeddedBroker"]
 
 KAFKA_JARS: Final = ArtifactSet.load(Path(__file__).with_name("jars.json"))
 """The broker's class path, pinned."""
 
-_HOST: Final = "127.0.0.1"
 _PORT_ATTEMPTS: Final = 3
 _FORGOTTEN_AFTER_MINUTES: Final = 2_147_483_647
 """offsets.retention.minutes at its maximum: an idle group must not lose its place."""
@@ -203,12 +202,12 @@ class EmbeddedBroker:
         return self._process
 
     def _write_settings(self) -> Path:
-        port, controller_port = _free_ports(2)
-        self._bootstrap_servers = f"{_HOST}:{self._port or port}"
+        port, controller_port = free_ports(2)
+        self._bootstrap_servers = f"{LOCALHOST}:{self._port or port}"
         properties = self.data_dir / "server.properties"
         properties.write_text(
             _SERVER_PROPERTIES.format(
-                host=_HOST,
+                host=LOCALHOST,
                 port=self._port or port,
                 controller_port=controller_port,
                 log_dir=self.data_dir / "log",
@@ -310,15 +309,3 @@ def _alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on right now; all are held at once, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind((_HOST, 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

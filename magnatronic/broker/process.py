@@ -7,6 +7,7 @@ owner however the owner ends.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,9 @@ from typing import IO, Final, Self
 from magnatronic.broker import watchdog
 from magnatronic.broker.errors import JavaProcessError
 
-__all__ = ["JavaProcess", "last_lines"]
+__all__ = ["LOCALHOST", "JavaProcess", "free_ports", "last_lines"]
 
+LOCALHOST: Final = "127.0.0.1"
 _SHOWN_LINES: Final = 25
 _POLL_S: Final = 0.02
 
@@ -31,6 +33,18 @@ def last_lines(path: Path, count: int = _SHOWN_LINES) -> str:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
     except OSError:
         return ""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nothing listens on right now; all are held at once, so that they differ."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind((LOCALHOST, 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 class JavaProcess:
