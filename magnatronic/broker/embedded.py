@@ -221,7 +221,8 @@ class EmbeddedBroker:
         if (self.data_dir / "log" / "meta.properties").exists():
             return
         cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        arguments = ["format", "--cluster-id", cluster_id, "--config", str(properties), "--ignore-formatted"]
+        # One argument: the id may begin with "-".
+        arguments = ["format", f"--cluster-id={cluster_id}", "--config", str(properties), "--ignore-formatted"]
         command = self._java_command(java, classpath, "-Xmx64m", "kafka.tools.StorageTool", *arguments)
         done = subprocess.run(command, capture_output=True, text=True, pass_fds=[self._lock.descriptor], check=False)
         if done.returncode != 0:
