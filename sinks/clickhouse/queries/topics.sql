@@ -1,0 +1,2 @@
+-- What each topic holds
+SELECT * FROM topics ORDER BY topic

@@ -1,0 +1,496 @@
+"""Feeds a sink from the log.
+
+In: a :class:`~sinks.sink.Sink`, a codec and Kafka client settings. Out: the sink's writes, from a thread of its own.
+The consumer belongs to a group, so that many runners share the partitions, but starts where the store says that it
+stands. Only committed records are read. Transactions leave control records, so progress is told by positions: the
+consumer's end-of-partition events carry them past what is never delivered. A store that fails is tried again for as
+long as it may help, while the consumer keeps its place in the group; nothing is skipped, and an error that stays stops
+the runner and is found in :attr:`SinkRunner.error`.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from schemas.errors import RegistryError, SchemaError
+from schemas.metadata import Envelope
+from schemas.record import Record
+from sinks.errors import HistoryLostError, LogError, SinkError
+from sinks.sink import Sink, SinkRecord
+
+__all__ = ["Decoder", "SinkRunner"]
+
+_log = logging.getLogger(__name__)
+
+Place = tuple[str, int]
+
+_CONSUMER: Final[Mapping[str, Any]] = {
+    "enable.auto.commit": False,
+    # The store's offset decides where to start; one that the log doesn't hold must be noticed, not jumped over.
+    "auto.offset.reset": "error",
+    "isolation.level": "read_committed",
+    "enable.partition.eof": True,
+    "partition.assignment.strategy": "cooperative-sticky",
+    "max.poll.interval.ms": 600_000,
+    # One of several consumers in a process: the defaults would let each hold 64 MiB.
+    "queued.max.messages.kbytes": 8_192,
+    "queued.min.messages": 10_000,
+    "fetch.max.bytes": 8_388_608,
+    "fetch.wait.max.ms": 100,
+    "fetch.error.backoff.ms": 50,
+    # A full queue is looked at again after a second by default.
+    "fetch.queue.backoff.ms": 10,
+    "retry.backoff.ms": 10,
+}
+
+_STAYS: Final = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError._AUTHENTICATION,
+        KafkaError._INVALID_ARG,
+    }
+)
+"""Errors of the cluster that trying again does not mend."""
+
+
+class Decoder(Protocol):
+    """What the runner needs of :class:`schemas.codec.Codec`."""
+
+    def decode(self, record: Record) -> Envelope:
+        """The event in ``record``, or a SchemaError."""
+
+
+class SinkRunner:
+    """Runs ``sink`` in a thread of its own.
+
+    ``kafka`` holds librdkafka settings (``bootstrap.servers``, security). ``group`` is the consumer group, by default
+    ``sink-<name>``; ``instance`` makes it a static member ``<group>-<instance>``, which takes its place again at once
+    after a crash. A batch is written when it holds ``batch_size`` records or ``batch_bytes`` bytes, or ``linger_s``
+    seconds after its first record. ``on_error`` is called, from the runner's thread, when it stops by an error.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        codec: Decoder,
+        kafka: Mapping[str, Any],
+        group: str | None = None,
+        instance: str | None = None,
+        batch_size: int = 5_000,
+        batch_bytes: int = 8 * 1024 * 1024,
+        linger_s: float = 0.3,
+        backoff_s: tuple[float, float] = (0.1, 5.0),
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.sink = sink
+        self.group = group or f"sink-{sink.name}"
+        self._codec = codec
+        self._kafka = dict(kafka)
+        self._instance = instance
+        self._batch_size = batch_size
+        self._batch_bytes = batch_bytes
+        self._linger_s = linger_s
+        self._backoff_s = backoff_s
+        self._on_error = on_error
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._give_up_at = float("inf")
+        self._hurried = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._written: dict[Place, int] = {}
+        self._assigned: frozenset[Place] | None = None
+        self._records = 0
+        self._admin: AdminClient | None = None
+        # The rest belongs to the runner's thread.
+        self._consumer: Consumer | None = None
+        self._batch: list[SinkRecord] = []
+        self._bytes = 0
+        self._moved: dict[Place, int] = {}
+        self._since = 0.0
+        self._average = 1_000.0
+        self._holding = False
+
+    @property
+    def error(self) -> BaseException | None:
+        """What stopped the runner, if something did."""
+        return self._error
+
+    @property
+    def records_written(self) -> int:
+        """How many records the sink has taken since the start."""
+        return self._records
+
+    def start(self) -> None:
+        """Start the thread. The store is opened there; :meth:`wait_caught_up` or :attr:`error` tell how it went."""
+        if self._thread is not None:
+            raise RuntimeError(f"the runner of sink {self.sink.name} was started already")
+        self._thread = threading.Thread(target=self._run, name=f"sink-{self.sink.name}", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Write what was read, close consumer and sink, and wait for the thread.
+
+        A store that still fails after ``timeout_s`` is left as it is: its offsets say where to go on.
+
+        Raises:
+            SinkError: the thread did not end in time.
+        """
+        if self._thread is None:
+            return
+        self._give_up_at = time.monotonic() + timeout_s
+        self._stopping.set()
+        self._thread.join(timeout_s + 10)
+        if self._thread.is_alive():
+            raise SinkError(f"sink {self.sink.name} did not stop within {timeout_s + 10:g} s; its store still works")
+
+    def lag(self) -> dict[Place, int] | None:
+        """How many offsets each assigned partition is behind its last stable offset; None before the first assignment.
+
+        Raises:
+            LogError: the cluster doesn't answer.
+        """
+        with self._changed:
+            assigned = self._assigned
+        if assigned is None:
+            return None
+        ends = self._stable_ends(assigned)
+        with self._changed:
+            return {place: max(0, end - self._written.get(place, 0)) for place, end in ends.items()}
+
+    def caught_up(self) -> bool:
+        """Whether all that was committed before the call is in the store, as far as this runner's partitions go.
+
+        Raises:
+            LogError: the cluster doesn't answer.
+        """
+        lag = self.lag()
+        return lag is not None and not any(lag.values())
+
+    def wait_caught_up(self, timeout_s: float = 30.0) -> bool:
+        """Wait until all that was committed before the call is in the store; False when ``timeout_s`` pass first.
+
+        Only the partitions assigned to this runner count.
+
+        Raises:
+            SinkError: the runner has stopped by an error (its cause), or was never started or was stopped.
+            LogError: the cluster doesn't answer.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._hurried += 1
+        try:
+            if not self._wait_for(lambda: self._assigned is not None, deadline):
+                return False
+            with self._changed:
+                assigned = self._assigned or frozenset()
+            ends = self._stable_ends(assigned)
+
+            def reached() -> bool:
+                mine = self._assigned or frozenset()
+                return all(place not in mine or self._written.get(place, 0) >= end for place, end in ends.items())
+
+            return self._wait_for(reached, deadline)
+        finally:
+            with self._changed:
+                self._hurried -= 1
+
+    def _wait_for(self, condition: Callable[[], bool], deadline: float) -> bool:
+        with self._changed:
+            while not condition():
+                if self._error is not None:
+                    raise SinkError(f"sink {self.sink.name} has stopped: {self._error}") from self._error
+                if self._thread is None or not self._thread.is_alive():
+                    raise SinkError(f"sink {self.sink.name} is not running")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, 0.5))
+        return True
+
+    def _stable_ends(self, places: frozenset[Place]) -> dict[Place, int]:
+        if not places:
+            return {}
+        if self._admin is None:
+            self._admin = AdminClient(self._kafka)
+        latest = OffsetSpec.latest()
+        try:
+            futures = self._admin.list_offsets(
+                {TopicPartition(topic, partition): latest for topic, partition in places},
+                isolation_level=IsolationLevel.READ_COMMITTED,
+                request_timeout=10,
+            )
+            return {(at.topic, at.partition): int(future.result().offset) for at, future in futures.items()}
+        except KafkaException as error:
+            raise LogError(f"the ends of the topics can't be read: {error.args[0].str()}", retryable=True) from error
+
+    # The runner's thread
+
+    def _run(self) -> None:
+        opened = False
+        try:
+            self._patiently(self.sink.open)
+            opened = True
+            if self._stopping.is_set():
+                return
+            self._consumer = Consumer(self._settings(), logger=_log)
+            self._consumer.subscribe(
+                list(self.sink.topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            while not self._stopping.is_set():
+                self._take(self._poll(self._patience()))
+                if self._due():
+                    self._flush()
+            self._flush()
+        except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise to; callers find it in `error`
+            self._fail(error)
+        finally:
+            self._close(opened)
+
+    def _close(self, opened: bool) -> None:
+        self._stopping.set()
+        closings: list[tuple[str, Callable[[], None]]] = []
+        if self._consumer is not None:
+            closings.append(("consumer", self._consumer.close))
+        if opened:
+            closings.append(("store", self.sink.close))
+        for what, close in closings:
+            try:
+                close()
+            except (SinkError, KafkaException, RuntimeError) as error:
+                _log.exception("sink %s: its %s did not close", self.sink.name, what)
+                if self._error is None:
+                    self._fail(error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        _log.error("sink %s stops: %s", self.sink.name, error, exc_info=error)
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+        if self._on_error is not None:
+            self._on_error(error)
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {**self._kafka, **_CONSUMER, "group.id": self.group, "client.id": self.group}
+        if self._instance is not None:
+            settings["group.instance.id"] = f"{self.group}-{self._instance}"
+        return settings
+
+    def _patience(self) -> float:
+        """How long to wait for records: a waiting caller is not kept, an idle runner does not spin."""
+        return 0.02 if self._hurried or self._moved else 0.1
+
+    def _due(self) -> bool:
+        if not self._moved:
+            return False
+        return (
+            len(self._batch) >= self._batch_size
+            or self._bytes >= self._batch_bytes
+            or time.monotonic() - self._since >= (0.02 if self._hurried else self._linger_s)
+        )
+
+    def _poll(self, wait_s: float) -> list[Message]:
+        """Some messages. Few at a time where they are large, since all of them are in memory at once."""
+        assert self._consumer is not None
+        at_most = max(1, min(1_000, int(self._batch_bytes / self._average)))
+        try:
+            return list(self._consumer.consume(at_most, wait_s))
+        except KafkaException as error:
+            cause = error.args[0]
+            if cause.fatal() or cause.code() in _STAYS:
+                raise LogError(f"sink {self.sink.name} can't read its topics: {cause.str()}") from error
+            _log.warning("sink %s: %s", self.sink.name, cause.str())
+            return []
+
+    def _take(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            place = (message.topic() or "", message.partition() or 0)
+            failure = message.error()
+            if failure is None:
+                if self._assigned is None or place not in self._assigned:
+                    continue  # revoked while it was on its way
+                record = Record.from_message(message)
+                size = len(record.value or b"") + len(record.key or b"") + 200
+                self._average += (size - self._average) / 100 if size < self._average else (size - self._average) / 4
+                self._batch.append(self._decoded(record))
+                self._bytes += size
+                self._move(place, record.offset + 1)
+            elif failure.code() == KafkaError._PARTITION_EOF:
+                self._move(place, message.offset() or 0)
+            elif failure.code() == KafkaError._AUTO_OFFSET_RESET:
+                self._out_of_range(place)
+            elif failure.fatal() or failure.code() in _STAYS:
+                raise LogError(f"sink {self.sink.name} can't read {message.topic() or 'its topics'}: {failure.str()}")
+            else:
+                _log.warning("sink %s: %s", self.sink.name, failure.str())
+
+    def _move(self, place: Place, position: int) -> None:
+        if self._assigned is None or place not in self._assigned:
+            return
+        if position > self._moved.get(place, self._written.get(place, 0)):
+            if not self._moved:
+                self._since = time.monotonic()
+            self._moved[place] = position
+
+    def _decoded(self, record: Record) -> SinkRecord:
+        while True:
+            try:
+                return SinkRecord(record, self._codec.decode(record))
+            except RegistryError as error:
+                if not error.retryable or self._stopping.is_set():
+                    raise
+                _log.warning("sink %s waits for the schema registry: %s", self.sink.name, error)
+                self._stopping.wait(1.0)
+            except SchemaError as error:
+                return SinkRecord(record, None, f"{type(error).__name__}: {error}")
+
+    def _flush(self) -> None:
+        """Write what was read: the data and the store's offsets, then the group's, which serve monitoring only."""
+        if not self._moved:
+            return
+        # What is written is looked up at each try: while a store is down, partitions can be taken away.
+        self._patiently(lambda: self.sink.write(self._batch, dict(self._moved)))
+        moved, self._moved = self._moved, {}
+        count = len(self._batch)
+        self._batch, self._bytes = [], 0
+        with self._changed:
+            self._written.update(moved)
+            self._records += count
+            self._changed.notify_all()
+        if self._consumer is not None and moved:
+            places = [TopicPartition(topic, partition, offset) for (topic, partition), offset in moved.items()]
+            try:
+                self._consumer.commit(offsets=places, asynchronous=True)
+            except KafkaException as error:
+                _log.info("sink %s: the group's offsets were not committed: %s", self.sink.name, error.args[0].str())
+
+    def _patiently(self, work: Callable[[], None]) -> None:
+        """Do ``work``, again and again while its errors say that this may help, keeping the place in the group."""
+        wait, longest = self._backoff_s
+        while True:
+            try:
+                work()
+            except SinkError as error:
+                if not error.retryable or time.monotonic() >= self._give_up_at:
+                    raise
+                _log.warning("sink %s: %s; next try in %.1f s", self.sink.name, error, wait)
+                self._hold(wait * random.uniform(0.8, 1.2))
+                wait = min(2 * wait, longest)
+            else:
+                break
+        if self._holding:
+            self._holding = False
+            if self._consumer is not None:
+                self._consumer.resume(self._consumer.assignment())
+
+    def _hold(self, seconds: float) -> None:
+        """Let ``seconds`` pass without reading on, but answer the group, which would give the partitions away."""
+        until = min(time.monotonic() + seconds, self._give_up_at)
+        if self._consumer is None:
+            self._stopping.wait(max(0.0, until - time.monotonic()))
+            return
+        if not self._holding:
+            self._holding = True
+            self._consumer.pause(self._consumer.assignment())
+        while (left := until - time.monotonic()) > 0:
+            self._take(self._poll(min(left, 0.1)))
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        stored: Mapping[Place, int] = {}
+
+        def ask() -> None:
+            nonlocal stored
+            stored = self.sink.offsets()
+
+        wait, longest = self._backoff_s
+        while True:  # not _patiently: a callback of the consumer must not poll it
+            try:
+                ask()
+                break
+            except SinkError as error:
+                if not error.retryable or self._stopping.is_set():
+                    raise
+                _log.warning("sink %s: %s; next try in %.1f s", self.sink.name, error, wait)
+                self._stopping.wait(wait)
+                wait = min(2 * wait, longest)
+        starts = [
+            TopicPartition(at.topic, at.partition, stored.get((at.topic, at.partition), OFFSET_BEGINNING))
+            for at in partitions
+        ]
+        consumer.incremental_assign(starts)
+        if self._holding:
+            consumer.pause(starts)
+        with self._changed:
+            places = {(at.topic, at.partition) for at in partitions}
+            for place in places:
+                self._written[place] = stored.get(place, 0)
+            self._assigned = (self._assigned or frozenset()) | places
+            self._changed.notify_all()
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if not self._stopping.is_set() and not self._holding and self._moved:
+            try:
+                self._flush_once()
+            except SinkError as error:
+                _log.warning("sink %s: not written before its partitions went: %s", self.sink.name, error)
+        self._on_lost(consumer, partitions)
+
+    def _flush_once(self) -> None:
+        self.sink.write(self._batch, dict(self._moved))
+        with self._changed:
+            self._written.update(self._moved)
+            self._records += len(self._batch)
+        self._batch, self._bytes, self._moved = [], 0, {}
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Forget what was read of ``partitions``; whoever has them next starts where the store stands."""
+        gone = {(at.topic, at.partition) for at in partitions}
+        self._batch = [item for item in self._batch if (item.record.topic, item.record.partition) not in gone]
+        self._moved = {place: offset for place, offset in self._moved.items() if place not in gone}
+        with self._changed:
+            self._assigned = (self._assigned or frozenset()) - gone
+            for place in gone:
+                self._written.pop(place, None)
+            self._changed.notify_all()
+        if not self._stopping.is_set():
+            consumer.incremental_unassign(partitions)
+
+    def _out_of_range(self, place: Place) -> None:
+        """The log does not hold the store's offset: retention went past it, or this is another log."""
+        assert self._consumer is not None
+        topic, partition = place
+        stored = self._written.get(place, 0)
+        try:
+            low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30)
+        except KafkaException as error:
+            raise LogError(f"{topic}[{partition}] does not hold offset {stored}: {error.args[0].str()}") from error
+        if stored > high:
+            raise HistoryLostError(
+                f"{topic}[{partition}] ends at offset {high}, but the store of sink {self.sink.name} has seen it up to "
+                f"{stored}: the topic was made anew or lost its end. Restore the log, or start with an empty store"
+            )
+        _log.warning(
+            "sink %s: %s[%d] begins at offset %d, the store stands at %d: retention removed what lies between",
+            *(self.sink.name, topic, partition, low, stored),
+        )
+        self._consumer.seek(TopicPartition(topic, partition, low))
