@@ -13,6 +13,7 @@ from magnatronic.broker.errors import (
     JavaProcessError,
     TopicError,
 )
+from magnatronic.broker.topics import TopicSpec, create_topics, ensure_topics
 
 __all__ = [
     "ArtifactError",
@@ -22,4 +23,7 @@ __all__ = [
     "JavaNotFoundError",
     "JavaProcessError",
     "TopicError",
+    "TopicSpec",
+    "create_topics",
+    "ensure_topics",
 ]
