@@ -1,0 +1,4 @@
+"""Benchmarks: how fast the platform's parts are, beside the libraries that do the same work, in one run.
+
+``python -m bench`` prints one table; docs/benchmarks.md says what each number means.
+"""
