@@ -1,0 +1,1 @@
+"""Language models behind one port: ``extractive``, which needs nothing, and the vendors' adapters."""
