@@ -36,7 +36,7 @@ from schemas.errors import (
 
 __all__ = ["MAX_VALUES", "compile_reader", "default_value", "values_per_byte"]
 
-MAX_VALUES: Final = 131_072
+MAX_VALUES: Final = 65_536
 """The most array items and map entries, each times its fields, that one record may hold.
 
 A message can be small in bytes and still large in memory: an empty string is one byte, and tens of them in Python.
@@ -44,6 +44,8 @@ A message can be small in bytes and still large in memory: an empty string is on
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_VARINT_BYTES: Final = 10
+_BLOCK_VALUES: Final = 16
+"""What each block after the first of an array or map takes from the budget; writers need no more than one."""
 
 
 def compile_reader(writer: Schema, reader: Schema | None = None) -> Callable[[bytes, int], Any]:
@@ -106,7 +108,7 @@ def _length(data: bytes, at: int) -> tuple[int, int]:
     return value, place
 
 
-def _block(data: bytes, at: int, min_size: int, weight: int, budget: list[int]) -> tuple[int, int]:
+def _block(data: bytes, at: int, min_size: int, weight: int, extra: int, budget: list[int]) -> tuple[int, int]:
     """The item count of the array or map block at ``at``, and the place after it."""
     zigzag, place = _long(data, at)
     count = (zigzag >> 1) ^ -(zigzag & 1)
@@ -116,7 +118,7 @@ def _block(data: bytes, at: int, min_size: int, weight: int, budget: list[int]) 
         _, place = _long(data, place)
     if count * min_size > len(data) - place:
         raise TruncatedError(f"the block at byte {at} counts {count} items, but {len(data) - place} bytes are left")
-    budget[0] -= count * weight
+    budget[0] -= count * weight + extra
     if budget[0] < 0:
         raise TooLargeError(f"the record holds more than {MAX_VALUES} values in its arrays and maps")
     return count, place
@@ -254,13 +256,15 @@ class _Compiler:
     @contextmanager
     def _blocks(self, min_size: int, weight: int) -> Iterator[str]:
         """Emit the loop over the blocks of an array or map, giving the variable that has a block's item count."""
-        count = self._name("k")
+        count, extra = self._name("k"), self._name("x")
+        self._emit(f"{extra} = 0")
         with self._block_of("while True:"):
             with self._block_of("if b[p] == 0:"):
                 self._emit("p += 1")
                 self._emit("break")
-            self._emit(f"{count}, p = _block(b, p, {min_size}, {weight}, budget)")
+            self._emit(f"{count}, p = _block(b, p, {min_size}, {weight}, {extra}, budget)")
             yield count
+            self._emit(f"{extra} = {_BLOCK_VALUES}")
 
     def _array(self, writer: ArrayType, reader: Schema | None, to: str) -> None:
         items = reader.items if isinstance(reader, ArrayType) else None
