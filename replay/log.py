@@ -59,7 +59,8 @@ def _read(
     remaining = _partitions(consumer, topics)
     consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for topic, partition in remaining])
     while remaining:
-        messages = consumer.consume(_BATCH, timeout=idle_timeout_s)
+        first = consumer.poll(idle_timeout_s)  # `consume` by itself would wait until a batch is full
+        messages = [] if first is None else [first, *consumer.consume(_BATCH, timeout=0)]
         if not messages:
             waiting = ", ".join(f"{topic}/{partition}" for topic, partition in sorted(remaining))
             raise LogReadError(f"nothing came for {idle_timeout_s:g} s, and these are not at their end: {waiting}")
