@@ -19,14 +19,15 @@ from confluent_kafka import (
     Producer,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
+from magnatronic.broker.topics import TopicSpec, create_topics
 from schemas.codec import Codec
 from schemas.metadata import Envelope
 from schemas.record import Record
 from schemas.topics import key_of
 
-__all__ = ["Output", "committed_counts", "create_topics", "produce", "read_between", "stable_offsets"]
+__all__ = ["Output", "committed_counts", "make_topics", "produce", "read_between", "stable_offsets"]
 
 _DRAIN_TIMEOUT_S = 30.0
 _LEADER_TIMEOUT_S = 10.0
@@ -48,15 +49,10 @@ class Output:
     record: Record
 
 
-def create_topics(bootstrap_servers: str, names: Iterable[str], partitions: int) -> None:
-    """Create the topics that don't exist yet, with LogAppendTime."""
-    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
-    have = admin.list_topics(timeout=10).topics
-    config = {"message.timestamp.type": "LogAppendTime", "retention.ms": "-1"}
-    missing = [NewTopic(name, partitions, 1, config=config) for name in names if name not in have]
-    if missing:
-        for future in admin.create_topics(missing).values():
-            future.result(30)
+def make_topics(bootstrap_servers: str, names: Iterable[str], partitions: int) -> None:
+    """Create the topics that don't exist yet, with LogAppendTime as the platform's have."""
+    specs = [TopicSpec(name, partitions, {"message.timestamp.type": "LogAppendTime"}) for name in names]
+    create_topics({"bootstrap.servers": bootstrap_servers}, specs, replication_factor=1)
 
 
 def produce(bootstrap_servers: str, topic: str, envelopes: Iterable[Envelope]) -> int:

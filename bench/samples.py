@@ -34,11 +34,12 @@ DIMENSIONS = 384
 """As all-MiniLM-L6-v2 has."""
 
 NOW = datetime(2026, 1, 15, 12, 30, 15, 123456, tzinfo=UTC)
-WORDS = (
-    "partition offset broker consumer producer transaction commit leader replica segment log record header schema "
-    "registry decoder encoder stream window table join state store changelog restore fence zombie epoch group "
-    "rebalance assign revoke retry backoff timeout batch latency throughput memory disk page cache index vector"
-).split()
+_VOCABULARY = """
+partition offset broker consumer producer transaction commit leader replica segment log record header schema registry
+decoder encoder stream window table join state store changelog restore fence zombie epoch group rebalance assign revoke
+retry backoff timeout batch latency throughput memory disk page cache index vector
+"""
+WORDS = tuple(_VOCABULARY.split())
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from bench.figures import Figure, ratio
-from bench.kafka import create_topics, produce
+from bench.kafka import make_topics, produce
 from bench.samples import submission, submissions
 from bench.trial import Trial, run_trial
 from schemas.codec import Codec
 from schemas.events import TaskCompleted
 
-__all__ = ["measure"]
+__all__ = ["PARTITIONS", "SOURCE", "fill", "measure"]
 
 PART: Final = "typed step"
 PARTITIONS: Final = 4
@@ -39,14 +39,17 @@ QUIX: Final = _System("quixstreams, exactly once", "quix_worker", True, 1.0)
 FAUST: Final = _System("Faust, at least once", "faust_worker", False, 0.2)
 
 
+def fill(bootstrap_servers: str, events: int) -> None:
+    """Write ``events`` TaskSubmitted to :data:`SOURCE`, for this part and those that read it too."""
+    produce(bootstrap_servers, SOURCE, submissions(events))
+
+
 def measure(bootstrap_servers: str, *, events: int, rounds: int, log: Callable[[str], None]) -> list[Figure]:
-    """Figures over ``rounds`` rounds on one topic of ``events`` TaskSubmitted.
+    """Figures over ``rounds`` rounds on topic :data:`SOURCE`, which holds ``events`` TaskSubmitted.
 
     Raises:
         RuntimeError: a system lost or doubled outputs though it promises not to, or could not be measured.
     """
-    create_topics(bootstrap_servers, [SOURCE, OURS_TARGET], PARTITIONS)
-    produce(bootstrap_servers, SOURCE, submissions(events))
     trials: dict[str, list[Trial]] = {system.label: [] for system in (OURS, QUIX, FAUST)}
     for number in range(rounds):
         for system in (OURS, FAUST, QUIX):
@@ -58,7 +61,7 @@ def measure(bootstrap_servers: str, *, events: int, rounds: int, log: Callable[[
 
 def _run(bootstrap_servers: str, system: _System, number: int, events: int) -> Trial:
     target = OURS_TARGET if system is OURS else f"bench.{system.module}.{number}"
-    create_topics(bootstrap_servers, [target], PARTITIONS)
+    make_topics(bootstrap_servers, [target], PARTITIONS)
     wanted = int(events * system.share)
     trial = run_trial(
         system.module,

@@ -79,7 +79,7 @@ class Worker:
         if self._measured.status() == psutil.STATUS_ZOMBIE:
             return 0.0
         times = self._measured.cpu_times()
-        return times.user + times.system
+        return float(times.user + times.system)
 
     def children(self) -> int:
         """How many processes the worker has started and not ended."""

@@ -6,6 +6,7 @@ the codec is ours, as on the other systems; the event loop is uvloop, as on ours
 
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
 import mode.loop
 
@@ -36,12 +37,10 @@ def build(task: WorkerTask) -> faust.App:
         web_enabled=False,
         consumer_auto_offset_reset="earliest",
     )
-    raw = {"key_type": bytes, "value_type": bytes, "key_serializer": "raw", "value_serializer": "raw"}
-    source = app.topic(task.source, **raw)
-    target = app.topic(task.target, **raw)
+    source, target = _raw_topic(app, task.source), _raw_topic(app, task.target)
 
     @app.agent(source)
-    async def step(stream: faust.Stream[bytes]) -> None:
+    async def step(stream: Any) -> None:
         async for event in stream.events():
             message = event.message
             envelope = codec.decode(
@@ -62,6 +61,10 @@ def build(task: WorkerTask) -> faust.App:
             await target.send(key=message.key, value=encoded.value, headers=encoded.headers)
 
     return app
+
+
+def _raw_topic(app: faust.App, name: str) -> Any:
+    return app.topic(name, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
 
 
 async def decide(event: object) -> TaskCompleted:

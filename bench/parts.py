@@ -1,0 +1,61 @@
+"""The benchmark's parts: their names, their order, and how much each does.
+
+In: a broker's address and a :class:`Scale`. Out: figures. Everything here is a module-level function, because each part
+runs in a process of its own.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from bench import codec, step
+from bench.figures import Figure
+
+__all__ = ["PARTS", "Part", "Scale"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured: events of the typed step, rows of a sink's round, tasks, rounds, seconds of a probe."""
+
+    events: int = 100_000
+    rows: int = 20_000
+    chunks: int = 5_000
+    tasks: int = 1_000
+    rounds: int = 3
+    probe_s: float = 8.0
+    is_quick: bool = False
+
+    @classmethod
+    def quick(cls) -> Self:
+        """Enough to see that everything runs."""
+        return cls(events=20_000, rows=2_000, chunks=500, tasks=50, rounds=1, probe_s=2.0, is_quick=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A benchmark. ``measure`` takes the broker's address (empty where it needs none) and the scale."""
+
+    name: str
+    needs_broker: bool
+    measure: Callable[[str, Scale], list[Figure]]
+
+
+def _log(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _codec(_: str, scale: Scale) -> list[Figure]:
+    return codec.measure(quick=scale.is_quick)
+
+
+def _step(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    step.fill(bootstrap_servers, scale.events)
+    return step.measure(bootstrap_servers, events=scale.events, rounds=scale.rounds, log=_log)
+
+
+PARTS: tuple[Part, ...] = (
+    Part("codec", False, _codec),
+    Part("step", True, _step),
+)
