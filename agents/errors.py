@@ -5,6 +5,7 @@ AgentError
 ├── InvalidPlanError       a plan can't be carried out; the message says why
 ├── MissingPortError       a handler asked for something that this process is not configured with
 ├── NondeterminismError    a re-decided step differs from the recorded one
+├── ProviderError          a language model provider is unknown, or its key is missing
 └── UndeclaredOutputError  a handler emitted a type that its agent does not list
 """
 
@@ -14,6 +15,7 @@ __all__ = [
     "InvalidPlanError",
     "MissingPortError",
     "NondeterminismError",
+    "ProviderError",
     "UndeclaredOutputError",
 ]
 
@@ -50,3 +52,7 @@ class UndeclaredOutputError(AgentError):
 
 class InvalidPlanError(AgentError):
     """A plan has a cycle, an unknown capability, too many steps, or is no plan at all."""
+
+
+class ProviderError(AgentError):
+    """A language model provider can't be made: its name is unknown, or its key is missing."""

@@ -60,15 +60,16 @@ _MARKER = re.compile(r"\s?\[(\d{1,4}(?:\s*,\s*\d{1,4})*)\]")
 _TRAILING_MARKERS = re.compile(r"([.!?])((?:\s?\[\d{1,4}(?:\s*,\s*\d{1,4})*\])+)")
 _SPACE = re.compile(r"\s+")
 
-_STOP_WORDS: Final = frozenset(  # noqa: SIM905 - a list of words reads better as words
+_STOP_TEXT: Final = (
     "a about above after again all also am an and any are as at be because been before being below "
     "between both but by can could did do does doing down during each few for from further had has have "
     "having he her here hers him his how i if in into is it its itself just let me more most my of off on "
     "once only or other our ours out over own please s same she should so some such t tell than that the "
     "their theirs them then there these they this those through to too under until up us use used uses "
     "using very via was we were what when where which while who whom why will with would you your yours "
-    "explain describe give show work works".split()
+    "explain describe give show work works"
 )
+_STOP_WORDS: Final = frozenset(_STOP_TEXT.split())
 
 _NOT_FOUND: Final = "The corpus holds nothing that answers"
 
