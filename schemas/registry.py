@@ -72,13 +72,7 @@ class Manifest:
                 the one of its schema.
         """
         try:
-            rows = orjson.loads(path.read_bytes())["schemas"]
-            versions = tuple(
-                SchemaVersion(
-                    row["id"], row["name"], row["version"], row["fingerprint"], canonical(parse(row["schema"]))
-                )
-                for row in rows
-            )
+            versions = tuple(map(cls._version, orjson.loads(path.read_bytes())["schemas"]))
         except (OSError, orjson.JSONDecodeError, KeyError, TypeError, UnsafeSchemaError) as error:
             raise RegistryError(
                 f"{path} is no schema manifest ({type(error).__name__}: {error}); restore the committed file"
@@ -93,6 +87,14 @@ class Manifest:
                 raise RegistryError(f"{path}: the schema of id {version.id} ({version.name}) was changed in place")
             latest[version.name] = version.version
         return cls(versions)
+
+    @staticmethod
+    def _version(row: dict[str, Any]) -> SchemaVersion:
+        schema = canonical(parse(row["schema"]))
+        version = SchemaVersion(row["id"], row["name"], row["version"], row["fingerprint"], schema)
+        if version.parsed.name != version.name:
+            raise UnsafeSchemaError(f"id {version.id} is named {version.name}, but its schema {version.parsed.name}")
+        return version
 
     def text(self) -> str:
         """The manifest as the JSON that :meth:`load` reads."""
