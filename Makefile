@@ -1,0 +1,68 @@
+# Everything runs from .venv, which the targets make by themselves. A repeat without changes needs no network.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv --quiet
+
+# With the development packages there, the other targets use them too: they hold all of the runtime's.
+INSTALLED := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.runtime)
+
+LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-timing"
+
+.PHONY: demo test bench lint lock clean
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	$(BIN)/magnatronic demo
+
+test: $(VENV)/.dev
+	@$(call run_all,$(LINTS) "pytest")
+
+lint: $(VENV)/.dev
+	@$(call run_all,$(LINTS))
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench
+
+# Keeps the pins that still fit; `make lock UV_FLAGS=--upgrade` takes the newest of all. The runtime's lock takes its
+# versions from the development lock, so that what is tested is what runs.
+COMPILE = $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+  --custom-compile-command "make lock" $(UV_FLAGS)
+
+lock: $(VENV)/.uv
+	$(COMPILE) requirements/bootstrap.in -o requirements/bootstrap.txt > /dev/null
+	$(COMPILE) pyproject.toml requirements/build.in --extra dev --extra bench -o requirements/dev.txt > /dev/null
+	$(COMPILE) pyproject.toml requirements/build.in -c requirements/dev.txt -o requirements/runtime.txt > /dev/null
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+
+$(VENV)/.uv: requirements/bootstrap.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Magnatronic needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(VENV)/.runtime: requirements/runtime.txt pyproject.toml $(VENV)/.uv
+	$(call install,$<)
+
+$(VENV)/.dev: requirements/dev.txt pyproject.toml $(VENV)/.uv
+	$(call install,$<)
+
+define install
+$(UV) pip sync --python $(BIN)/python --require-hashes $(1)
+$(UV) pip install --python $(BIN)/python --offline --no-deps --no-build-isolation --editable .
+@touch $@
+endef
+
+# Runs every check, then says which of them failed.
+define run_all
+PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH; failed=; \
+for check in $(1); do \
+  printf '\n==> %s\n' "$$check"; \
+  $$check || failed="$$failed\n  $$check"; \
+done; \
+if [ -n "$$failed" ]; then printf "\nfailed:$$failed\n"; exit 1; fi; \
+printf '\nall checks passed\n'
+endef
