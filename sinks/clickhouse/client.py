@@ -216,8 +216,14 @@ class ClickHouse:
         if not sql:
             raise QueryError("the query is empty")
         try:
-            self._refuse_unless_read(sql)
-            result = self._reader.query(sql, parameters=dict(parameters or {}))
+            checked = self._checked(sql)
+            result = self._reader.query(checked, parameters=dict(parameters or {}))
+            names, kinds = tuple(result.column_names), tuple(kind.name for kind in result.column_types)
+            if not names and checked.lstrip("( \n").startswith(("SELECT", "WITH")):
+                # chdb says nothing at all about an empty result.
+                described = self._reader.query(f"DESCRIBE TABLE ({checked})", parameters=dict(parameters or {}))
+                names = tuple(row[0] for row in described.result_rows)
+                kinds = tuple(row[1] for row in described.result_rows)
         except ClickHouseError as error:
             code, message = code_of(error), first_line(error)
             if code == _READONLY:
@@ -226,18 +232,13 @@ class ClickHouse:
                 raise QueryTimeoutError(f"the query ran longer than {self._timeout_s:g} s: {message}") from error
             raise QueryError(message) from error
         rows = [tuple(row) for row in result.result_rows[: self._max_rows]]
-        return QueryResult(
-            tuple(result.column_names),
-            tuple(kind.name for kind in result.column_types),
-            rows,
-            truncated=len(result.result_rows) > self._max_rows,
-        )
+        return QueryResult(names, kinds, rows, truncated=len(result.result_rows) > self._max_rows)
 
-    def _refuse_unless_read(self, sql: str) -> None:
-        """Refuse what the engine's read-only mode lets through: ``INTO OUTFILE`` and the function ``file``.
+    def _checked(self, sql: str) -> str:
+        """``sql`` as the engine's parser writes it, unless it is more than a read.
 
-        The engine's own parser writes the query out again without comments and odd quoting, so that what is looked
-        for can't be hidden from the looking.
+        The engine's read-only mode refuses writes but lets ``INTO OUTFILE`` and the function ``file`` through. The
+        rewritten text has no comments and one way of quoting, so nothing hides in it, and it is what is run.
         """
         formatted = str(self._writer.query("SELECT formatQuery({q:String})", parameters={"q": sql}).result_rows[0][0])
         bare = _QUOTED.sub("''", formatted)
@@ -247,6 +248,7 @@ class ClickHouse:
             raise WriteRefusedError(f"a query may not touch files of this machine ({found[0].rstrip('( ')})")
         if re.search(r"\nFORMAT \w+\s*$", bare):
             raise QueryError("leave the FORMAT clause out; the result is a table already")
+        return formatted
 
     def close(self) -> None:
         """Let go of the engine or the connections. Closing twice does no harm."""

@@ -33,7 +33,8 @@ WITH
         FROM event_log FINAL
         PREWHERE type = 'magnatronic.tasks.StepFailed'
         GROUP BY step_id, attempt
-    )
+    ),
+    (failures.step_id != '' AND isNull(runs.completed_at)) AS failed
 SELECT
     runs.task_id AS task_id,
     runs.step_id AS step_id,
@@ -56,7 +57,6 @@ SELECT
     dateDiff('millisecond', runs.assigned_at, coalesce(runs.assessed_at, if(failed, failures.failed_at, NULL))) AS duration_ms,
     runs.groundedness AS groundedness,
     runs.decision AS decision,
-    if(failed, failures.failure, runs.finding) AS reason,
-    failures.step_id != '' AND isNull(runs.completed_at) AS failed
+    if(failed, failures.failure, runs.finding) AS reason
 FROM runs
 LEFT JOIN failures ON runs.step_id = failures.step_id AND runs.attempt = failures.attempt;
