@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, step
+from bench import codec, sinks, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -55,7 +55,13 @@ def _step(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return step.measure(bootstrap_servers, events=scale.events, rounds=scale.rounds, log=_log)
 
 
+def _clickhouse(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    step.fill(bootstrap_servers, scale.events)
+    return sinks.measure_clickhouse(bootstrap_servers, tasks=scale.events, rows=scale.rows, rounds=scale.rounds)
+
+
 PARTS: tuple[Part, ...] = (
     Part("codec", False, _codec),
     Part("step", True, _step),
+    Part("clickhouse", True, _clickhouse),
 )

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from confluent_kafka.admin import AdminClient
+
 from bench.figures import Figure, ratio
-from bench.kafka import make_topics, produce
+from bench.kafka import make_topics, produce, stable_offsets
 from bench.samples import submission, submissions
 from bench.trial import Trial, run_trial
 from schemas.codec import Codec
@@ -40,8 +42,10 @@ FAUST: Final = _System("Faust, at least once", "faust_worker", False, 0.2)
 
 
 def fill(bootstrap_servers: str, events: int) -> None:
-    """Write ``events`` TaskSubmitted to :data:`SOURCE`, for this part and those that read it too."""
-    produce(bootstrap_servers, SOURCE, submissions(events))
+    """See to it that :data:`SOURCE` holds ``events`` TaskSubmitted, for this part and those that read it too."""
+    make_topics(bootstrap_servers, [SOURCE, OURS_TARGET], PARTITIONS)
+    if not sum(stable_offsets(AdminClient({"bootstrap.servers": bootstrap_servers}), SOURCE, PARTITIONS)):
+        produce(bootstrap_servers, SOURCE, submissions(events))
 
 
 def measure(bootstrap_servers: str, *, events: int, rounds: int, log: Callable[[str], None]) -> list[Figure]:

@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient
 from bench.kafka import Output, committed_counts, read_between, stable_offsets
 from bench.workers.task import WorkerTask
 
-__all__ = ["Trial", "Worker", "run_trial"]
+__all__ = ["Sample", "Trial", "Worker", "run_trial", "steady_part"]
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _SAMPLE_S: Final = 0.02
@@ -44,7 +44,9 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class Sample:
+    """Last stable offsets by partition, seen ``at`` a time (s), when the worker had used ``cpu_s`` CPU seconds."""
+
     at: float
     offsets: list[int]
     cpu_s: float
@@ -131,19 +133,19 @@ def run_trial(
         finally:
             worker.stop()
     outputs = read_between(bootstrap_servers, target, start, stable_offsets(admin, target, partitions))
-    return _measure(module, samples, outputs, wanted)
+    return steady_part(module, samples, outputs, wanted)
 
 
 def _watch(
     worker: Worker, admin: AdminClient, target: str, start: Sequence[int], wanted: int, *, all_of_it: bool
-) -> list[_Sample]:
-    samples: list[_Sample] = []
+) -> list[Sample]:
+    samples: list[Sample] = []
     moved_at, last = time.monotonic(), list(start)
     while True:
         offsets = stable_offsets(admin, target, len(start))
         now = time.monotonic()
         if offsets != last or not samples:
-            samples.append(_Sample(now, offsets, worker.cpu_s()))
+            samples.append(Sample(now, offsets, worker.cpu_s()))
         if offsets != last:
             moved_at, last = now, offsets
         # Control records count here too, so this may be a little early; what settles afterwards is not measured.
@@ -159,7 +161,7 @@ def _watch(
         time.sleep(_SAMPLE_S)
 
 
-def _measure(module: str, samples: Sequence[_Sample], outputs: list[Output], wanted: int) -> Trial:
+def steady_part(module: str, samples: Sequence[Sample], outputs: list[Output], wanted: int) -> Trial:
     """Rate and CPU between the first commit after the warm-up and the last but one: the last commit of a run waits for
     a timer, not for work.
     """
