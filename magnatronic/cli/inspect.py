@@ -1,0 +1,140 @@
+"""Commands that look at what happened: query, topics, replay.
+
+In: SQL, or a task's id. Out: tables. SQL goes to the ClickHouse server that the settings name, or over the socket to
+the process that has the embedded one open; topics and replay read Kafka themselves.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from magnatronic.cli.options import Output, common_options, load_settings
+from magnatronic.errors import UnknownTaskError, WrongInputError
+
+if TYPE_CHECKING:
+    from replay.task import ReplayReport
+
+__all__ = ["print_replay", "query", "replay", "run_query", "topics"]
+
+
+@click.command()
+@click.argument("sql", required=False)
+@click.option("--named", metavar="NAME", help="A query that comes with Magnatronic, by name.")
+@click.option("--list", "list_named", is_flag=True, help="List the named queries.")
+@click.option("--wait/--no-wait", default=True, help="First let ClickHouse take all that is in the log (default).")
+@common_options
+def query(
+    sql: str | None, *, named: str | None, list_named: bool, wait: bool, data_dir: Path | None, out: Output
+) -> None:
+    """Ask ClickHouse and print a table. Views: events, tasks, steps, llm_calls, tool_calls, and more."""
+    from sinks.clickhouse.queries import named_queries, named_query
+    from sinks.errors import UnknownQueryError
+
+    if list_named:
+        rows = [(each.name, each.title) for each in named_queries()]
+        if out.as_json:
+            out.json([{"name": name, "title": title} for name, title in rows])
+        else:
+            out.table(("name", "what it answers"), rows)
+        return
+    if (sql is None) == (named is None):
+        raise WrongInputError("query: give either SQL or --named NAME (see `magnatronic query --list`)")
+    if named is not None:
+        try:
+            sql = named_query(named).sql
+        except UnknownQueryError as error:
+            raise WrongInputError(str(error)) from None
+    answer = run_query(str(sql), data_dir=data_dir, wait=wait)
+    if out.as_json:
+        out.json([dict(zip(answer["columns"], row, strict=True)) for row in answer["rows"]])
+    else:
+        out.table(answer["columns"], answer["rows"])
+    if answer["truncated"]:
+        click.echo(f"only the first {len(answer['rows'])} rows; add a LIMIT or aggregate", err=True)
+    if not answer["caught_up"]:
+        click.echo("ClickHouse is still behind the log; the newest events are missing here", err=True)
+
+
+def run_query(sql: str, *, data_dir: Path | None, wait: bool) -> dict[str, Any]:
+    """Columns, types, rows, ``truncated`` and ``caught_up``.
+
+    Raises:
+        QueryRefusedError: ClickHouse refused the query.
+        NotRunningError: the embedded ClickHouse is asked for, and nothing runs on the data folder.
+    """
+    from magnatronic.control import call
+
+    settings = load_settings(data_dir)
+    if settings.clickhouse_url is None:
+        answer: dict[str, Any] = call(settings.data_dir, "query", sql=sql, wait=wait, timeout=120.0)
+        return answer
+    from magnatronic.queries import answer_query
+    from sinks.clickhouse.client import ClickHouse
+
+    with ClickHouse(settings.clickhouse_url) as clickhouse:
+        return {**answer_query(clickhouse, sql), "caught_up": True}
+
+
+@click.command()
+@common_options
+def topics(*, data_dir: Path | None, out: Output) -> None:
+    """Show the topics of the cluster: partitions, records, how long they are kept, and what they are for."""
+    from magnatronic.discovery import find_system
+    from magnatronic.topic_table import topic_rows
+
+    rows = topic_rows(find_system(data_dir).kafka)
+    if out.as_json:
+        out.json([row.as_dict() for row in rows])
+        return
+    out.table(
+        ("topic", "partitions", "records", "kept", "what it is for"),
+        [(row.name, row.partitions, row.records, row.kept, row.purpose) for row in rows],
+    )
+    missing = [row.name for row in rows if row.partitions == 0]
+    if missing:
+        click.echo(f"missing on the cluster: {', '.join(missing)}; `magnatronic up` creates them", err=True)
+
+
+@click.command()
+@click.option("--task", "task_id", required=True, help="The task to decide again.")
+@common_options
+def replay(*, task_id: str, data_dir: Path | None, out: Output) -> int:
+    """Decide a task's steps again with the recorded effects, and compare every output with the record by hash.
+
+    Ends with 0 when every output is the recorded one, with 1 when one differs.
+    """
+    from magnatronic.discovery import find_system
+    from magnatronic.roles import all_agents
+    from replay.errors import OpenTaskError
+    from replay.errors import UnknownTaskError as UnknownInLogError
+    from replay.task import replay_task
+
+    found = find_system(data_dir)
+    try:
+        report = replay_task(task_id, agents=all_agents(), kafka=found.kafka, codec=found.codec())
+    except UnknownInLogError as error:
+        raise UnknownTaskError(str(error)) from None
+    except OpenTaskError as error:
+        raise WrongInputError(str(error)) from None
+    if out.as_json:
+        out.json(report.as_dict())
+    else:
+        print_replay(report, out)
+    return 0 if report.ok else 1
+
+
+def print_replay(report: "ReplayReport", out: Output) -> None:
+    """One row an output: who decided it on what, and its hash then and now."""
+    rows = []
+    for step in report.steps:
+        for output in step.outputs:
+            now = "same" if output.same else (output.redecided_hash or "not decided")[:16]
+            rows.append(
+                (step.agent, step.event_type, output.event_type, (output.recorded_hash or "not recorded")[:16], now)
+            )
+        if not step.outputs or step.difference:
+            rows.append((step.agent, step.event_type, "-", "-", step.difference or "nothing to decide"))
+    out.table(("agent", "decides on", "and emits", "recorded sha-256", "decided again"), rows)
+    verdict = "every output is the recorded one" if report.ok else "NOT as recorded"
+    out.console.print(f"{report.outputs} outputs of {len(report.steps)} decisions: {verdict}. History {report.digest}")

@@ -1,0 +1,50 @@
+"""Finds the system that a command or client is to talk to.
+
+In: settings, and a data folder. Out: :class:`FoundSystem`: a cluster's client settings where the settings name one,
+else those of the broker that the system on the data folder runs, asked over its socket.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magnatronic.control import call
+from magnatronic.settings import Settings
+from schemas.codec import Codec
+
+__all__ = ["FoundSystem", "find_system", "make_codec"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSystem:
+    """Where to talk to. ``kafka`` holds librdkafka settings."""
+
+    settings: Settings
+    kafka: dict[str, Any]
+
+    def codec(self) -> Codec:
+        """The codec with the ids that the system uses."""
+        return make_codec(self.settings)
+
+
+def find_system(data_dir: str | Path | None = None) -> FoundSystem:
+    """The system of this process's environment, or on ``data_dir``.
+
+    Raises:
+        NotRunningError: the settings name no cluster, and nothing runs on the data folder.
+        SettingsError: a setting is wrong.
+    """
+    settings = Settings.load(**({} if data_dir is None else {"data_dir": Path(data_dir)}))
+    if not settings.embedded_kafka:
+        return FoundSystem(settings, settings.kafka_client_config())
+    status = call(settings.data_dir, "status")
+    return FoundSystem(settings, settings.kafka_client_config(status["bootstrap_servers"]))
+
+
+def make_codec(settings: Settings) -> Codec:
+    """The codec whose schema ids come from the registry, where the settings name one, else from the manifest."""
+    if settings.schema_registry_url is None:
+        return Codec()
+    from schemas.registry import RegistryIds
+
+    return Codec(RegistryIds(settings.schema_registry_url))
