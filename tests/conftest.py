@@ -1,6 +1,7 @@
 """What all tests share: one real Kafka and one real schema registry a session, each started when first asked for."""
 
 import itertools
+import os
 import shutil
 import tarfile
 import tempfile
@@ -23,6 +24,16 @@ APICURIO = Artifact(
     "8bc6751c76d963734224b01d5e7f84ccb3cb61c87d3bd77c36c35f10a5cbed63",
     158_577_952,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the settings nor the API keys of whoever runs the tests reach them: no test calls a paid service."""
+    for name in os.environ:
+        if name.startswith("MAGNATRONIC_") or name.endswith(("OPENAI_API_KEY", "ANTHROPIC_API_KEY")):
+            monkeypatch.delenv(name)
+    for name in ("OPENAI_BASE_URL", "GOOGLE_API_KEY", "GEMINI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 class KafkaForTests:
