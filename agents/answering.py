@@ -87,7 +87,8 @@ async def answer_step(
         answer=answer,
         claims=claims,
         citations=citations,
-        evidence=tuple(evidence),
+        # Only what the claims rest on travels on; all of it lies in the recall's own record.
+        evidence=tuple(sources if cited and all(claim.chunk_ids for claim in claims) else evidence),
         model=f"{response.provider}/{response.model}",
     )
 

@@ -15,8 +15,10 @@ from schemas.events import StepAssigned, StepCompleted, StepFailed
 
 __all__ = ["Retriever"]
 
-_PASSAGES: Final = 8
-"""About 2,000 tokens of passages: enough for one question, cheap on every model."""
+_PASSAGES: Final = 16
+"""About 3,200 tokens of passages. Of 65 installed packages whose READMEs have a sentence "X is ...", its chunk was
+among the first 8 for "What is X?" in 88 %, among 12 in 94 % and among 16 in 98 % (24: no more): sections such as
+Contributing name the package as often, and are as near."""
 
 
 class Retriever(Agent[BaseModel]):

@@ -5,6 +5,7 @@ without markup, stemmed content words, containment and overlap in [0, 1], citati
 Overseer and the extractive provider, so that all of them mean the same by "a sentence" and "the same words".
 """
 
+import html
 import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -29,6 +30,7 @@ __all__ = [
 
 _FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_ADMONITION = re.compile(r"\[!(?:NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\s*", re.IGNORECASE)
 _CODE_HTML = re.compile(r"<(pre|script|style|svg)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _IMAGE = re.compile(r"!\[[^\]]*\](\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\]]*\])")
@@ -51,14 +53,22 @@ _CODE_LINE = re.compile(
     r"print\(|pip install|"
     r"[\w.\[\]\"']+\s*=\s*\S|[\w.]+\([^)]*\)\s*$|[{}\[\]();]+\s*$)"
 )
-_END = re.compile(r"(?<=[.!?])[\"')\]*_]*\s+(?=[\"'(\[*_`]*[A-Z0-9`])|(?<=[.!?]\])\s+(?=[A-Z0-9`])")
+_END = re.compile(
+    r"(?<=[.!?])[\"')\]*_]*\s+(?=[\"'(\[*_`]*[A-Z0-9`]|[a-z][\w-]* (?:is|are|can|has|will|does|supports|provides)\b)"
+    r"|(?<=[.!?]\])\s+(?=[A-Z0-9`])"
+)
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|St|No|Fig|Inc|Ltd|approx|incl|resp|al|ver|v)|\b[A-Z])\.$"
+    r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|St|Fig|Inc|Ltd|approx|incl|resp|al|ver|v)|\b[A-Z])\.$"
 )
 _TOKEN = re.compile(r"\w+(?:[./]\w+)*[+#]*")
+_CUT_OFF = re.compile(r"\b(?:at|on|see|the|a|an|to|in|from|of|via|by|with|for|and|or|is|are)[.:]?$", re.IGNORECASE)
 _MARKER = re.compile(r"\s?\[(\d{1,4}(?:\s*,\s*\d{1,4})*)\]")
 _TRAILING_MARKERS = re.compile(r"([.!?])((?:\s?\[\d{1,4}(?:\s*,\s*\d{1,4})*\])+)")
 _SPACE = re.compile(r"\s+")
+
+_SHORT_ITEM: Final = 8
+_LIST_ITEMS: Final = 16
+"""Words in a list's items and items in a list that a sentence can take in and still be read."""
 
 _STOP_TEXT: Final = (
     "a about above after again all also am an and any are as at be because been before being below "
@@ -154,7 +164,7 @@ def split_sentences(prose: str) -> list[str]:
 
 def _unmarked(text: str) -> str:
     text = text.replace("\r\n", "\n")
-    text = _COMMENT.sub(" ", text)
+    text = _ADMONITION.sub("", _COMMENT.sub(" ", text))
     text = _FENCE.sub("\n", text)
     if "<" in text:
         text = _TAG.sub(" ", _CODE_HTML.sub("\n", text))
@@ -169,61 +179,95 @@ def _unmarked(text: str) -> str:
         text = _RST_SUBSTITUTION.sub("", text)
     if "http" in text:
         text = _URL.sub("", text)
-    return (
-        _EMPHASIS.sub(r"\2", text)
-        .replace("&nbsp;", " ")
-        .replace("&amp;", "&")
-        .replace("&lt;", "<")
-        .replace("&gt;", ">")
-    )
+    text = _EMPHASIS.sub(r"\2", text)
+    return html.unescape(text) if "&" in text else text
 
 
 def _blocks(text: str) -> list[str]:
-    """Paragraphs and list items, each in one line."""
+    """Paragraphs and list items, each in one line. A paragraph that ends in a colon takes in the short items after it:
+    "It supports:", "Linux", "macOS" say something only together.
+    """
     blocks: list[str] = []
     current: list[str] = []
+    items: list[str] = []
+    in_item = introduced = code = doctest = False
+
+    def close() -> None:
+        nonlocal in_item, introduced
+        block = " ".join(current)
+        current.clear()
+        # Where a converter has dropped the bullets, short paragraphs after a colon are the items.
+        listed = not block.endswith(":") and (in_item or (introduced and len(block.split()) <= _SHORT_ITEM))
+        in_item = False
+        if not block:
+            return
+        if listed:
+            items.append(block)
+        else:
+            end_list()
+            blocks.append(block)
+            introduced = block.endswith(":")
+
+    def end_list() -> None:
+        nonlocal introduced
+        short = all(len(item.split()) <= _SHORT_ITEM for item in items)
+        if introduced and short and 0 < len(items) <= _LIST_ITEMS:
+            blocks[-1] = f"{blocks[-1]} {', '.join(item.rstrip('.,;') for item in items)}."
+        else:
+            blocks.extend(items)
+        items.clear()
+        introduced = False
+
     lines = text.split("\n")
-    code = False
     for number, line in enumerate(lines):
         stripped = line.strip()
         following = lines[number + 1] if number + 1 < len(lines) else ""
         indented = line.startswith(("    ", "\t"))
-        heading = bool(_HEADING.match(line)) or (bool(stripped) and bool(_RULE.match(following)))
-        if not stripped or heading or _RULE.match(line) or stripped.startswith("|") or stripped.count(" | ") > 1:
-            _close(blocks, current)
-            code = code and not stripped
+        if not stripped or _is_layout(line, following):
+            close()
+            if stripped:
+                end_list()
+            code, doctest = code and not stripped and not doctest, False
             continue
         bullet = _BULLET.match(line)
         if (indented and not current and not bullet) or (_CODE_LINE.match(line) and (not current or code or indented)):
-            _close(blocks, current)
+            close()
+            end_list()
             code = True
+            doctest = stripped.startswith(">>>")
             continue
-        if code and not bullet and indented:
+        if code and not bullet and (indented or doctest):
             continue
         code = False
         if bullet:
-            _close(blocks, current)
+            close()
+            in_item = True
             current.append(line[bullet.end() :].strip())
         else:
             current.append(stripped.lstrip("> "))
-    _close(blocks, current)
+    close()
+    end_list()
     return blocks
 
 
-def _close(blocks: list[str], current: list[str]) -> None:
-    if current:
-        blocks.append(" ".join(current))
-        current.clear()
+def _is_layout(line: str, following: str) -> bool:
+    """Whether ``line`` is a heading, a rule or a row of a table."""
+    if _HEADING.match(line) or _RULE.match(line) or (line.strip() and _RULE.match(following)):
+        return True
+    return line.strip().startswith("|") or " | " in line
 
 
 def _reads_as_sentence(sentence: str) -> bool:
     words = sentence.split()
-    if not 4 <= len(words) <= 80 or sentence.endswith((":", ",", "(", "\\")):
+    if not 4 <= len(words) <= 80 or sentence.endswith((":", ",", "(", "\\", "...", "…")):
+        return False
+    if _CUT_OFF.search(sentence):  # what stood there was a link
         return False
     letters = sum(character.isalpha() or character == " " for character in sentence)
     if letters < 0.75 * len(sentence):
         return False
-    return sentence[0].isalnum() or sentence[0] in "\"'(“*`."
+    first = sentence[sentence[0] in "\"'(“*`." :]
+    return first[:1].isalnum() and not first.startswith("see ")
 
 
 def markers_of(text: str) -> tuple[int, ...]:

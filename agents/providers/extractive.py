@@ -29,29 +29,64 @@ _MAX_SENTENCES: Final = 4
 _REDUNDANT: Final = 0.6
 """Word overlap (Jaccard) from which two sentences say the same."""
 
-_LEAD: Final = 1.35
-"""A README says in its first two sentences what the thing is; they count this much more when that is asked."""
+_DEFINES: Final = 3.0
+"""A sentence that begins with the thing and goes on "is a" counts this much more when it is asked what the thing is."""
 
-_RANK_DECAY: Final = 0.94
+_LEAD: Final = 1.2
+_INTRODUCTION: Final = 1.8
+"""So does one of the first two of its passage, more so at the document's top: there documents say what they are about."""
+
+_FOLLOWS: Final = 2.0
+"""And so does the sentence right after a chosen one: after what a thing is comes what it does."""
+
+_ELSEWHERE: Final = 0.6
+"""Where the question names a document, sentences of other documents count this much less."""
+
+_DANGLING: Final = 0.75
+"""A sentence that begins by pointing back ("However, it ...") counts this much less: it says less on its own."""
+
+_ASIDE: Final = 0.4
+"""A sentence about the project rather than the thing (licence, changelog, community) counts this much less."""
+
+_RANK_DECAY: Final = 0.95
 """Each place down the recall's order counts this much less: recall knows similarity that words don't show."""
 
-_WORTH: Final = 0.42
+_WORTH: Final = 0.45
 """A further sentence must add at least this share of the first one's score."""
 
-_FOUND: Final = 0.3
-"""The share of the question's weight that the best sentence and its title must hold to count as an answer at all."""
+_FOUND_PASSAGE: Final = 0.5
+_FOUND_SENTENCE: Final = 0.2
+"""The shares of the question's weight that one passage, and the best sentence with its title, must hold to count as an
+answer at all. A passage with the capital letters but not the France of a question about France's capital has less."""
 
 _DEFINITION = re.compile(
-    r"\b(?:what(?:'s|\s+is|\s+are|\s+does)|who\s+is|tell me about|describe|explain)\b", re.IGNORECASE
+    r"\b(?:what(?:'s|\s+is|\s+are)|who\s+is|tell me about|describe|explain|what\s+does\s+\S+\s+do)\b", re.IGNORECASE
 )
 _IS_A = re.compile(
-    r"^[\w .`'()-]{1,50}?\b(?:is|are|provides?|implements?|allows?|lets|offers|makes|contains)\b", re.IGNORECASE
-)
-_ABOUT_PROJECT = re.compile(
-    r"\b(?:badge|licen[sc]ed?|copyright|sponsor|donat|contribut|changelog|pull requests?|code of conduct|mailing list|"
-    r"stack overflow|discord|slack|github issues|bug reports?|release notes|readthedocs)\b",
+    r"^(?:the |python |apache )?(?P<name>[\w.-]+)(?:™|®| (?:library|package|module|project|sdk|framework|client))?"
+    r"(?:,[^,]{1,40},| \([^)]{1,40}\))?"
+    r"(?: (?:is|are|provides?|implements?|allows?|lets|offers|makes|aims|helps|was written|can be used)\b| ?[-–—:] )",
     re.IGNORECASE,
 )
+_POINTS_BACK = re.compile(
+    r"^(?:it|its|this|that|these|those|they|he|she|which|however|also|moreover|furthermore|in addition|additionally|"
+    r"or|and|but|so|then|thus|therefore|otherwise|instead|specifically|for example|for instance|in this|in that|"
+    r"because of this|by comparison|similarly|likewise|as well as|here|there|see|note that|finally|both|such)\b",
+    re.IGNORECASE,
+)
+_ABOUT_PROJECT = re.compile(
+    r"\b(?:badge|licen[sc]ed?|copyright|sponsor|donat\w*|contribut\w*|changelog|pull requests?|code of conduct|"
+    r"mailing list|stack overflow|discord|slack|github issues|bug reports?|release notes|readthedocs|"
+    r"(?:alpha|beta) release|documentation (?:is|can be|for)|official documentation|for more information|"
+    r"pre-release|for details|thanks to)\b|#\d+",
+    re.IGNORECASE,
+)
+_TASK_WORDS: Final = frozenset(
+    content_words(
+        "compare comparison contrast difference different differ versus vs better pros cons advantage purpose"
+    )
+)
+"""Words that say what is to be done with the answer, not what it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +96,7 @@ class _Candidate:
     text: str
     words: frozenset[str]
     title: frozenset[str]
+    name: frozenset[str]
 
 
 class ExtractiveModel:
@@ -93,7 +129,8 @@ def answer(question: str, passages: Sequence[Passage], *, refused: str = "") -> 
 
     Sentences that ``refused`` (a reviewer's finding) quotes are left out.
     """
-    asked = dict.fromkeys(content_words(question))
+    words = dict.fromkeys(content_words(question))
+    asked = [word for word in words if word not in _TASK_WORDS] or list(words)
     candidates = [item for item in _candidates(passages) if not refused or item.text[:200] not in refused]
     if not asked or not candidates:
         return NOT_FOUND_WORD
@@ -111,38 +148,43 @@ def _candidates(passages: Sequence[Passage]) -> list[_Candidate]:
     seen: set[str] = set()
     for number, passage in enumerate(passages):
         title = frozenset(content_words(passage.title))
+        name = frozenset(content_words(passage.title.partition(" > ")[0]))
         for place, text in enumerate(sentences(passage.text)):
             if text not in seen and not text.endswith("?"):
                 seen.add(text)
-                found.append(_Candidate(number, place, text, frozenset(content_words(text)), title))
+                found.append(_Candidate(number, place, text, frozenset(content_words(text)), title, name))
     return found
 
 
-def _weights(asked: dict[str, None], candidates: Sequence[_Candidate]) -> dict[str, float]:
+def _weights(asked: Sequence[str], candidates: Sequence[_Candidate]) -> dict[str, float]:
     """The idf of each asked word among the candidate sentences; unseen words weigh as the rarest."""
-    counts = Counter(word for item in candidates for word in (item.words | item.title) if word in asked)
+    counts = Counter(word for item in candidates for word in asked if word in item.words or word in item.title)
     total = len(candidates)
     return {word: math.log(1 + (total - counts[word] + 0.5) / (counts[word] + 0.5)) for word in asked}
 
 
 def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], question: str) -> list[_Candidate]:
-    defines = bool(_DEFINITION.search(question))
     total = sum(weights.values())
-    base = [_score(item, weights, defines) for item in candidates]
+    named = any(_is_named(item, weights) for item in candidates)
+    if not named and not _any_passage_covers(candidates, weights):
+        return []
+    defines = bool(_DEFINITION.search(question)) or not _TASK_WORDS.isdisjoint(content_words(question))
+    base = [_score(item, weights, defines=defines, named=named) for item in candidates]
     chosen: list[_Candidate] = []
     covered: set[str] = set()
+    followers: set[int] = set()
     first = 0.0
     left = set(range(len(candidates)))
     while left and len(chosen) < _MAX_SENTENCES:
-        gains = {
-            index: base[index] * (1.0 if not chosen else _news(candidates[index], weights, covered)) for index in left
-        }
+        gains = {index: base[index] * (_news(candidates[index], weights, covered) if chosen else 1.0) for index in left}
+        if defines:
+            for index in left & followers:
+                gains[index] *= _FOLLOWS
         best = min(left, key=lambda index: (-gains[index], index))
         item = candidates[best]
         left.discard(best)
         if not chosen:
-            held = sum(weight for word, weight in weights.items() if word in item.words or word in item.title)
-            if held < _FOUND * total or not base[best]:
+            if _share(item, weights) < _FOUND_SENTENCE * total:
                 return []
             first = gains[best]
         elif gains[best] < _WORTH * first:
@@ -150,24 +192,55 @@ def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], questio
         elif any(overlap(item.words, other.words) >= _REDUNDANT for other in chosen):
             continue
         chosen.append(item)
+        if best + 1 < len(candidates) and candidates[best + 1].passage == item.passage:
+            followers.add(best + 1)
         covered |= item.words & weights.keys()
     return chosen
 
 
-def _score(item: _Candidate, weights: dict[str, float], defines: bool) -> float:
-    held = sum(weight for word, weight in weights.items() if word in item.words)
-    # What the title says, the sentence is about without saying it again.
-    held += 0.5 * sum(weight for word, weight in weights.items() if word in item.title and word not in item.words)
-    if not held:
+def _is_named(item: _Candidate, weights: dict[str, float]) -> bool:
+    """Whether the question has the whole name of the document that the sentence is from."""
+    return bool(item.name) and item.name <= weights.keys()
+
+
+def _any_passage_covers(candidates: Sequence[_Candidate], weights: dict[str, float]) -> bool:
+    """Whether one passage holds enough of the question, by weight or by number of words, to hold the answer."""
+    held: dict[int, set[str]] = {}
+    for item in candidates:
+        held.setdefault(item.passage, set()).update(item.words & weights.keys(), item.title & weights.keys())
+    enough = _FOUND_PASSAGE * sum(weights.values())
+    return any(
+        sum(weights[word] for word in words) >= enough or len(words) > _FOUND_PASSAGE * len(weights)
+        for words in held.values()
+    )
+
+
+def _share(item: _Candidate, weights: dict[str, float]) -> float:
+    """The weight of the asked words in the sentence; what only its title says, it is about, and that counts half."""
+    return sum(
+        weight if word in item.words else 0.5 * weight
+        for word, weight in weights.items()
+        if word in item.words or word in item.title
+    )
+
+
+def _score(item: _Candidate, weights: dict[str, float], *, defines: bool, named: bool) -> float:
+    score = _share(item, weights)
+    if not score:
         return 0.0
-    score = held / (1 + 0.02 * max(0, len(item.words) - 20)) * _RANK_DECAY**item.passage
-    if defines and item.title & weights.keys():
-        if item.place < 2:
-            score *= _LEAD
-        if _IS_A.match(item.text):
-            score *= _LEAD
+    score *= _RANK_DECAY**item.passage / (1 + 0.02 * max(0, len(item.words) - 20))
+    if named and not _is_named(item, weights):
+        score *= _ELSEWHERE
+    if defines:
+        match = _IS_A.match(item.text)
+        if match and weights.keys() & content_words(match["name"]):
+            score *= _DEFINES
+        if item.place < 2 and item.title & weights.keys():
+            score *= _INTRODUCTION if item.title == item.name else _LEAD
+    if _POINTS_BACK.match(item.text):
+        score *= _DANGLING
     if _ABOUT_PROJECT.search(item.text):
-        score *= 0.5
+        score *= _ASIDE
     return score * (0.7 if len(item.words) < 4 else 1.0)
 
 
