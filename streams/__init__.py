@@ -1,0 +1,1 @@
+"""Where agents run: transactional, asynchronous stream processors on Kafka's own consumer groups."""

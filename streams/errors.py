@@ -1,0 +1,74 @@
+"""The errors of streams.
+
+StreamsError
+├── ProcessorError          a processor has stopped; ``retryable`` says whether a new one may fare better
+│   ├── FencedError         another instance holds this one's slot; nothing uncommitted of this one counts
+│   ├── MissingTopicError   a topic that it reads or writes does not exist
+│   ├── ClusterError        Kafka could not be reached, or refused, for longer than the clients' own retries
+│   └── StateError          the changelog and the committed offsets don't fit together
+├── TransactionAbortedError a transaction came to nothing; the same results may be committed by the next one
+├── RecordRejectedError     the broker will never take one of the records; names it by its place in the transaction
+├── OffsetMetadataError     the finished-offset map in a commit can't be read
+└── NoFreeSlotError         every slot of the group is held by another process
+"""
+
+__all__ = [
+    "ClusterError",
+    "FencedError",
+    "MissingTopicError",
+    "NoFreeSlotError",
+    "OffsetMetadataError",
+    "ProcessorError",
+    "RecordRejectedError",
+    "StateError",
+    "StreamsError",
+    "TransactionAbortedError",
+]
+
+
+class StreamsError(Exception):
+    """The base of all errors that streams raise."""
+
+
+class ProcessorError(StreamsError):
+    """A processor has stopped. What it had not committed will be done again by the partition's next owner."""
+
+    retryable = False
+
+
+class FencedError(ProcessorError):
+    """Another instance with the same slot has taken over. Two processes must never share a slot."""
+
+
+class MissingTopicError(ProcessorError):
+    """A topic does not exist; create the topics before processors start."""
+
+
+class ClusterError(ProcessorError):
+    """Kafka (or the schema registry) could not be reached or refused for too long; a new start may succeed."""
+
+    retryable = True
+
+
+class StateError(ProcessorError):
+    """The changelog and the committed offsets contradict each other; starting anyway would decide wrongly."""
+
+
+class TransactionAbortedError(StreamsError):
+    """The transaction was aborted, and nothing of it is visible to read_committed consumers."""
+
+
+class RecordRejectedError(StreamsError):
+    """The broker refuses a record for good. ``index`` is its place among the transaction's messages."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class OffsetMetadataError(StreamsError):
+    """A commit's metadata is no finished-offset map of a known version."""
+
+
+class NoFreeSlotError(StreamsError):
+    """All slots that may be tried are held by living processes."""

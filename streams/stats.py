@@ -1,0 +1,69 @@
+"""A processor's figures: what it did, how long it took, what it waits for.
+
+In: counts and times as the processor works. Out: :class:`schemas.events.ProcessorStats` for an interval.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from schemas.events import ProcessorStats
+
+__all__ = ["Stats"]
+
+_SAMPLES: Final = 4096
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start; latencies in seconds, of the latest few thousand.
+
+    ``events_in`` counts events that were handled or dead-lettered and committed, ``skipped`` those that were not for
+    this agent, ``events_out`` committed output events, ``failures`` failed attempts of handlers.
+    ``latencies``: from fetched to committed, a sample a transaction and more. ``commit_latencies``: of transactions.
+    """
+
+    events_in: int = 0
+    events_out: int = 0
+    skipped: int = 0
+    failures: int = 0
+    dead_letters: int = 0
+    transactions: int = 0
+    aborted: int = 0
+    tokens: int = 0
+    cost_usd: float = 0.0
+    in_flight: int = 0
+    lag: int = 0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    commit_latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    _told: tuple[int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0.0)
+
+    def interval(self, *, agent: str, instance: str, interval_s: float) -> ProcessorStats:
+        """The figures since the last call. Latencies are of the latest events."""
+        now = (self.events_in, self.events_out, self.failures, self.dead_letters, self.tokens, self.cost_usd)
+        events_in, events_out, failures, dead_letters, tokens, cost = (
+            new - old for new, old in zip(now, self._told, strict=True)
+        )
+        self._told = now
+        return ProcessorStats(
+            source=f"{agent}/{instance}",
+            agent=agent,
+            instance=instance,
+            interval_s=interval_s,
+            events_in=int(events_in),
+            events_out=int(events_out),
+            failures=int(failures),
+            dead_letters=int(dead_letters),
+            in_flight=self.in_flight,
+            lag=self.lag,
+            p50_ms=quantile_ms(self.latencies, 0.5),
+            p99_ms=quantile_ms(self.latencies, 0.99),
+            tokens=int(tokens),
+            cost_usd=max(cost, 0.0),
+        )
+
+
+def quantile_ms(samples: "deque[float]", quantile: float) -> float:
+    """A quantile of samples in seconds, in milliseconds; 0 where there are none."""
+    ordered = sorted(samples)
+    return round(ordered[int(quantile * (len(ordered) - 1))] * 1000, 3) if ordered else 0.0

@@ -1,0 +1,147 @@
+"""One transaction after another: a transactional producer and what its errors mean.
+
+In: messages, the offsets that they answer and the consumer group's metadata. Out: all of it committed, or none and an
+error that says what to do next. Everything here blocks; the processor calls it from one thread of its own.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from streams.errors import ClusterError, FencedError, RecordRejectedError, TransactionAbortedError
+
+__all__ = ["Outgoing", "Transactor"]
+
+Outgoing = tuple[str, bytes | None, bytes | None, list[tuple[str, bytes]] | None, int]
+"""A message to be produced: topic, key, value, headers, partition (-1: by the key)."""
+
+_INIT_TIMEOUT_S: Final = 60.0
+_CALL_TIMEOUT_S: Final = 10.0
+_PATIENCE_S: Final = 30.0
+_FULL_QUEUE_POLL_S: Final = 0.05
+_FENCED: Final = frozenset(
+    {
+        KafkaError._FENCED,
+        KafkaError.FENCED_INSTANCE_ID,
+        KafkaError.PRODUCER_FENCED,
+        KafkaError.INVALID_PRODUCER_EPOCH,
+    }
+)
+_PURGED: Final = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
+
+log = logging.getLogger(__name__)
+
+
+class Transactor:
+    """Commits transactions under one transactional id."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._id: str = settings["transactional.id"]
+        self._producer = Producer(dict(settings))
+
+    def open(self) -> None:
+        """Fence every earlier producer of this id and abort what it left open.
+
+        Raises:
+            ClusterError: the cluster did not let it within a minute.
+        """
+        self._call(lambda: self._producer.init_transactions(_INIT_TIMEOUT_S), "init_transactions", _INIT_TIMEOUT_S)
+
+    def commit(
+        self, messages: Sequence[Outgoing], offsets: Sequence[TopicPartition], group: Any, *, diagnose: bool = False
+    ) -> None:
+        """Commit ``messages`` and ``offsets`` in one transaction, ``group`` being the consumer's group metadata.
+
+        With ``diagnose`` each message's fate is looked at, which costs time but names the one that is refused.
+
+        Raises:
+            TransactionAbortedError: nothing was committed; a later transaction may carry the same.
+            RecordRejectedError: nothing was committed, nor will be as long as that message is part of it.
+            FencedError: another producer has this id, or another member this place in the group.
+            ClusterError: the cluster can't be reached, or refused for good.
+        """
+        refused: dict[int, KafkaError] = {}
+        begun = False
+        try:
+            self._call(self._producer.begin_transaction, "begin_transaction")
+            begun = True
+            self._produce(messages, refused if diagnose else None)
+            self._call(
+                lambda: self._producer.send_offsets_to_transaction(list(offsets), group, _CALL_TIMEOUT_S),
+                "send_offsets_to_transaction",
+            )
+            self._call(lambda: self._producer.commit_transaction(_CALL_TIMEOUT_S), "commit_transaction")
+        except (TransactionAbortedError, RecordRejectedError):
+            if begun:
+                self._abort()
+            for index, error in refused.items():
+                raise RecordRejectedError(index, f"{error.name()}: {error.str()}") from None
+            raise
+
+    def _produce(self, messages: Sequence[Outgoing], refused: dict[int, KafkaError] | None) -> None:
+        produce, producer = self._producer.produce, self._producer
+        for index, (topic, key, value, headers, partition) in enumerate(messages):
+            more = {} if refused is None else {"on_delivery": _note(refused, index)}
+            while True:
+                try:
+                    produce(topic, value, key, partition, headers=headers or [], **more)
+                    break
+                except BufferError:
+                    # The local queue is full; deliveries make room.
+                    producer.poll(_FULL_QUEUE_POLL_S)
+                except KafkaException as error:
+                    cause: KafkaError = error.args[0]
+                    if cause.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                        raise RecordRejectedError(index, f"{cause.name()}: {cause.str()}") from error
+                    raise self._meaning(cause, "produce") from error
+        producer.poll(0)
+
+    def _abort(self) -> None:
+        self._call(lambda: self._producer.abort_transaction(_CALL_TIMEOUT_S), "abort_transaction")
+
+    def _call(self, call: Callable[[], Any], what: str, patience_s: float = _PATIENCE_S) -> None:
+        """Make one transactional call; those that time out or say so are resumed by calling again."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                call()
+                return
+            except KafkaException as error:
+                cause: KafkaError = error.args[0]
+                if not cause.retriable() or cause.txn_requires_abort() or cause.fatal():
+                    raise self._meaning(cause, what) from error
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"{self._id}: {what} got no answer for {patience_s:g} s: {cause.str()}"
+                    ) from error
+                log.info("%s: %s is tried again: %s", self._id, what, cause.str())
+
+    def _meaning(self, error: KafkaError, what: str) -> Exception:
+        said = f"{self._id}: {what} failed with {error.name()}: {error.str()}"
+        if error.code() in _FENCED:
+            return FencedError(f"{said}; another process runs with this slot, or this one was paused for too long")
+        if error.fatal():
+            return ClusterError(said)
+        if error.txn_requires_abort():
+            return TransactionAbortedError(said)
+        return ClusterError(said)
+
+    def close(self) -> None:
+        """Abort what is open and let go of the connections."""
+        try:
+            self._producer.abort_transaction(1.0)
+        except KafkaException:
+            # None was open, or the id is fenced; either way nothing of it can commit any more.
+            pass
+        self._producer.flush(1.0)
+
+
+def _note(refused: dict[int, KafkaError], index: int) -> Callable[[KafkaError | None, Message], None]:
+    def delivered(error: KafkaError | None, _: Message) -> None:
+        if error is not None and error.code() not in _PURGED and not error.retriable():
+            refused[index] = error
+
+    return delivered
