@@ -1,0 +1,110 @@
+"""The Milvus sink: topic ``embeddings`` into collections that can be searched.
+
+In: ChunkEmbedded and DocumentIndexed. Out: a row for each chunk that stands. A batch is first folded into its net
+effect: what each document's last DocumentIndexed leaves standing, and the chunks that came after it; so the order of
+events counts, and a batch costs an upsert, a lookup and a delete for each collection. A repeat gives the same rows.
+Offsets are kept in Milvus too, and are noted after the rows they stand for have been flushed.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from schemas.events import ChunkEmbedded, DocumentIndexed
+from schemas.topics import topic_of
+from sinks.milvus.store import ChunkRow, MilvusStore, collection_name
+from sinks.sink import Offsets, Sink, SinkRecord
+
+__all__ = ["MilvusSink"]
+
+
+class MilvusSink(Sink):
+    """Feeds ``store`` from topic ``embeddings``. Records that don't decode are passed over: ClickHouse keeps them."""
+
+    name: ClassVar[str] = "milvus"
+
+    def __init__(self, store: MilvusStore) -> None:
+        self.topics = topic_of(ChunkEmbedded).names()
+        self._store = store
+
+    def open(self) -> None:
+        """Connect; see :meth:`sinks.sink.Sink.open`."""
+        self._store.open()
+
+    def offsets(self) -> Offsets:
+        """What Milvus says is done; see :meth:`sinks.sink.Sink.offsets`."""
+        return self._store.offsets(self.name)
+
+    def write(self, batch: Sequence[SinkRecord], offsets: Offsets) -> None:
+        """Apply the batch's net effect, then note the offsets; see :meth:`sinks.sink.Sink.write`."""
+        net = _Net()
+        for record in batch:
+            if record.envelope is None:
+                continue
+            event = record.envelope.event
+            if isinstance(event, ChunkEmbedded):
+                net.embedded(event)
+            elif isinstance(event, DocumentIndexed):
+                net.indexed(event)
+        self._remove_stale(net)
+        for collection, chunks in net.by_collection().items():
+            self._store.upsert(collection, len(chunks[0].vector), [_row(chunk) for chunk in chunks])
+        self._store.note_offsets(self.name, offsets)
+
+    def rebuild(self) -> None:
+        """Forget everything. Whoever feeds the sink then starts at the log's beginning; nothing is embedded again."""
+        self._store.drop(self.name)
+
+    def close(self) -> None:
+        """Flush and disconnect; see :meth:`sinks.sink.Sink.close`."""
+        self._store.close()
+
+    def _remove_stale(self, net: "_Net") -> None:
+        if not net.standing:
+            return
+        # In every model's collection: the old text of a document is stale whoever embedded it.
+        for collection in self._store.collections():
+            there = self._store.chunk_ids(collection, net.standing)
+            stale = [chunk_id for document, ids in there.items() for chunk_id in ids - net.standing[document]]
+            if stale:
+                self._store.delete(collection, sorted(stale))
+
+
+class _Net:
+    """What a batch comes to. ``standing``: for each document with a DocumentIndexed in it, the chunks that stand."""
+
+    def __init__(self) -> None:
+        self.standing: dict[str, set[str]] = {}
+        self._chunks: dict[str, dict[str, ChunkEmbedded]] = {}
+
+    def embedded(self, event: ChunkEmbedded) -> None:
+        self._chunks.setdefault(event.document_id, {})[event.chunk_id] = event
+        if event.document_id in self.standing:
+            self.standing[event.document_id].add(event.chunk_id)
+
+    def indexed(self, event: DocumentIndexed) -> None:
+        standing = set(event.chunk_ids)
+        self.standing[event.document_id] = standing
+        chunks = self._chunks.get(event.document_id, {})
+        for chunk_id in chunks.keys() - standing:
+            del chunks[chunk_id]
+
+    def by_collection(self) -> dict[str, list[ChunkEmbedded]]:
+        found: dict[str, list[ChunkEmbedded]] = {}
+        for chunks in self._chunks.values():
+            for chunk in chunks.values():
+                name = collection_name(chunk.model, chunk.model_version, len(chunk.vector))
+                found.setdefault(name, []).append(chunk)
+        return found
+
+
+def _row(chunk: ChunkEmbedded) -> ChunkRow:
+    return ChunkRow(
+        chunk_id=chunk.chunk_id,
+        document_id=chunk.document_id,
+        ordinal=chunk.ordinal,
+        title=chunk.title,
+        heading=chunk.heading,
+        source=chunk.source,
+        text=chunk.text,
+        vector=chunk.vector,
+    )

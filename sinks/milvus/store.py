@@ -1,0 +1,432 @@
+"""The Milvus side: collections of chunks, one for each embedding model, and the sinks' offsets beside them.
+
+In: rows, ids, query vectors. Out: hits. The same calls serve Milvus Lite (a path that ends in ``.db``, run inside this
+process) and a server (an http URI). Milvus Lite searches what is not flushed row by row, and slows down with each such
+row, so it is flushed when a thousand of them have come or none has come for a while; a server does that by itself, and
+limits how often it may be asked. Documents are filtered by a hash of their id: no id can then break out of a filter.
+"""
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pymilvus import DataType, MilvusClient
+from pymilvus.exceptions import ConnectionConfigException, MilvusException
+
+from agents.context import Vectors
+from schemas.metadata import deterministic_id
+from sinks.errors import StoreBusyError, StoreError
+
+__all__ = ["ChunkRow", "Hit", "MilvusStore", "collection_name", "document_key"]
+
+# What it logs is raised as an exception too, and told of where that is handled.
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+logging.getLogger("milvus_lite").setLevel(logging.CRITICAL)
+
+_PREFIX: Final = "chunks_"
+_OFFSETS: Final = "sink_offsets"
+_MAX_BYTES: Final = 65_535
+"""The longest VARCHAR that Milvus holds."""
+
+_PAGE: Final = 8_192
+"""Ids in one filter and rows of one answer: half of what Milvus allows."""
+
+_NO_COLLECTION: Final = 100
+_RESULT: Final = ("chunk_id", "document_id", "title", "heading", "source", "text")
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRow:
+    """A chunk as it is kept."""
+
+    chunk_id: str
+    document_id: str
+    ordinal: int
+    title: str
+    heading: str
+    source: str
+    text: str
+    vector: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A chunk that was found, and the cosine of its vector and the query's."""
+
+    chunk_id: str
+    document_id: str
+    title: str
+    heading: str
+    source: str
+    text: str
+    score: float
+
+
+def collection_name(model: str, version: str, dimensions: int) -> str:
+    """The collection of an embedding model's chunks.
+
+    >>> collection_name("all-MiniLM-L6-v2", "1.0", 384)
+    'chunks_all_MiniLM_L6_v2_1_0_384'
+    """
+    return _PREFIX + re.sub(r"\W", "_", f"{model}_{version}_{dimensions}", flags=re.ASCII)[:200]
+
+
+def document_key(document_id: str) -> str:
+    """What a document is filtered by."""
+    return deterministic_id("document", document_id)
+
+
+class MilvusStore:
+    """One connection to Milvus, for a sink and any number of readers, in any threads.
+
+    ``uri`` is a path that ends in ``.db`` (Milvus Lite; its folder is made) or a server's URI. ``flush_rows`` and
+    ``idle_s`` say when Milvus Lite is flushed: so many rows after the last time, or so long after the last row.
+    """
+
+    def __init__(self, uri: str | Path, *, token: str = "", flush_rows: int = 1_000, idle_s: float = 0.5) -> None:
+        self.uri = str(uri)
+        self.embedded = "://" not in self.uri
+        self._token = token
+        self._flush_rows = flush_rows
+        self._idle_s = idle_s
+        self._lock = threading.RLock()
+        self._client: Any = None
+        self._users = 0
+        self._loaded: set[str] = set()
+        self._unflushed: dict[str, int] = {}
+        self._unnoted: dict[str, dict[tuple[str, int], int]] = {}
+        self._idle: threading.Timer | None = None
+
+    def open(self) -> None:
+        """Connect. Each call needs its :meth:`close`.
+
+        Raises:
+            StoreBusyError: another process has the Milvus Lite file open.
+            StoreError: Milvus can't be reached.
+        """
+        with self._lock:
+            if self._users == 0:
+                self._client = self._connect()
+            self._users += 1
+
+    def close(self) -> None:
+        """Flush, and disconnect when it is the last user's."""
+        with self._lock:
+            if self._users == 0:
+                return
+            self._users -= 1
+            if self._users:
+                return
+            try:
+                self.flush()
+            finally:
+                client, self._client = self._client, None
+                self._loaded.clear()
+                self._unflushed.clear()
+                client.close()
+                if self.embedded:
+                    from milvus_lite.server_manager import server_manager_instance
+
+                    server_manager_instance.release_server(self.uri)
+
+    def _connect(self) -> Any:
+        if not self.embedded:
+            return self._guarded(lambda: MilvusClient(self.uri, token=self._token, timeout=30))
+        path = Path(self.uri).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.uri = str(path)
+        try:
+            return MilvusClient(self.uri)
+        except ConnectionConfigException as error:
+            raise StoreBusyError(
+                f"Milvus Lite can't open {self.uri}: another process has it open, or the folder can't be written. "
+                "Stop the other process, or reach the index through it",
+                retryable=True,
+            ) from error
+        except MilvusException as error:
+            raise StoreError(f"Milvus Lite can't open {self.uri}: {error.message}") from error
+
+    def _guarded(self, call: Callable[[], ResultT]) -> ResultT:
+        """The result of ``call``, one call at a time where Milvus runs in this process.
+
+        Raises:
+            StoreError: Milvus failed.
+        """
+        try:
+            with self._lock if self.embedded else contextlib.nullcontext():
+                return call()
+        except MilvusException as error:
+            raise StoreError(f"Milvus at {self.uri}: {error.message}", retryable=error.code != 1100) from error
+        except (ValueError, AttributeError) as error:  # what the client makes of a channel that is closed under it
+            if self._client is None:
+                raise StoreError(f"Milvus at {self.uri} is closed; open it again", retryable=True) from error
+            raise
+
+    def _do(self, call: Callable[[Any], ResultT]) -> ResultT:
+        if self._client is None:
+            raise StoreError(f"Milvus at {self.uri} is not open; call open() first")
+        return self._guarded(lambda: call(self._client))
+
+    # Chunks
+
+    def collections(self) -> list[str]:
+        """The collections of chunks that there are."""
+        names: list[str] = self._do(lambda client: client.list_collections())
+        return sorted(name for name in names if name.startswith(_PREFIX))
+
+    def upsert(self, collection: str, dimensions: int, rows: Sequence[ChunkRow]) -> None:
+        """Put rows in, in place of those with the same ``chunk_id``; the collection is made when it is missing."""
+        self._ensure(collection, lambda client: self._create_chunks(client, collection, dimensions))
+        data = [
+            {
+                "chunk_id": row.chunk_id,
+                "document_key": document_key(row.document_id),
+                "document_id": _fitting(row.document_id),
+                "ordinal": row.ordinal,
+                "title": _fitting(row.title),
+                "heading": _fitting(row.heading),
+                "source": _fitting(row.source),
+                "text": _fitting(row.text),
+                "vector": row.vector,
+            }
+            for row in rows
+        ]
+        for page in _pages(data, 1_000):
+            self._do(partial(_upsert, collection=collection, rows=page))
+        self._wrote(collection, len(rows))
+
+    def chunk_ids(self, collection: str, document_ids: Iterable[str]) -> dict[str, set[str]]:
+        """The chunks that ``collection`` holds of each of the documents."""
+        self._load(collection)
+        by_key = {document_key(document_id): document_id for document_id in document_ids}
+        found: dict[str, set[str]] = {document_id: set() for document_id in by_key.values()}
+        for keys in _pages(list(by_key), 256):
+            for row in self._every(collection, f"document_key in {_literals(keys)}", ["chunk_id", "document_key"]):
+                found[by_key[row["document_key"]]].add(row["chunk_id"])
+        return found
+
+    def delete(self, collection: str, chunk_ids: Sequence[str]) -> None:
+        """Take rows out; ids that are not there are passed over."""
+        self._load(collection)
+        for page in _pages(chunk_ids, _PAGE):
+            self._do(partial(_delete, collection=collection, chunk_ids=page))
+        self._wrote(collection, len(chunk_ids))
+
+    def count(self, collection: str) -> int:
+        """How many chunks a collection holds; 0 when there is no such collection."""
+        if not self._exists(collection):
+            return 0
+        self._load(collection)
+        rows = self._do(
+            lambda client: client.query(collection, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        )
+        return int(rows[0]["count(*)"])
+
+    def search(
+        self, collection: str, vectors: Vectors, limit: int, document_ids: Sequence[str] = ()
+    ) -> list[list[Hit]]:
+        """The ``limit`` chunks nearest to each row of ``vectors``, in Milvus's order; none without the collection."""
+        if not self._exists(collection):
+            return [[] for _ in vectors]
+        self._load(collection)
+        keys = [document_key(document_id) for document_id in document_ids]
+        found = self._do(
+            lambda client: client.search(
+                collection,
+                data=[row.tolist() for row in vectors],
+                limit=limit,
+                filter=f"document_key in {_literals(keys)}" if keys else "",
+                output_fields=list(_RESULT),
+                search_params={"metric_type": "COSINE"},
+            )
+        )
+        return [
+            [Hit(**{name: row["entity"][name] for name in _RESULT}, score=float(row["distance"])) for row in rows]
+            for rows in found
+        ]
+
+    # Offsets
+
+    def offsets(self, sink: str) -> dict[tuple[str, int], int]:
+        """The next offsets that ``sink`` is to read, as they stand in Milvus after a flush."""
+        self.flush()
+        if not self._exists(_OFFSETS):
+            return {}
+        self._load(_OFFSETS)
+        rows = self._every(_OFFSETS, f"sink == {_literals([sink])[1:-1]}", ["topic", "partition_number", "next_offset"])
+        return {(row["topic"], row["partition_number"]): row["next_offset"] for row in rows}
+
+    def note_offsets(self, sink: str, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Note the next offsets that ``sink`` is to read: at once on a server, with the next flush in Milvus Lite.
+
+        So no offset is ever on disk before the rows it stands for; after a crash some records come again.
+        """
+        if not offsets:
+            return
+        if not self.embedded:
+            self._write_offsets(sink, offsets)
+            return
+        with self._lock:
+            self._unnoted.setdefault(sink, {}).update(offsets)
+            self._flush_later()
+
+    def _write_offsets(self, sink: str, offsets: Mapping[tuple[str, int], int]) -> None:
+        self._ensure(_OFFSETS, _create_offsets)
+        rows = [
+            {
+                "place": f"{sink}/{topic}/{partition}",
+                "sink": sink,
+                "topic": topic,
+                "partition_number": partition,
+                "next_offset": offset,
+                "vector": [0.0, 0.0],
+            }
+            for (topic, partition), offset in offsets.items()
+        ]
+        self._do(lambda client: client.upsert(_OFFSETS, rows))
+
+    def drop(self, sink: str) -> None:
+        """Drop every collection of chunks, and ``sink``'s offsets first: a crash in between then reads all again."""
+        with self._lock:
+            self._unnoted.pop(sink, None)
+        if self._exists(_OFFSETS):
+            self._load(_OFFSETS)
+            self._do(lambda client: client.delete(_OFFSETS, filter=f"sink == {_literals([sink])[1:-1]}"))
+        for collection in self.collections():
+            self._do(partial(_drop, collection=collection))
+            self._loaded.discard(collection)
+            self._unflushed.pop(collection, None)
+
+    # Flushing
+
+    def flush(self) -> None:
+        """Bring what was written to disk and under the index, then note the offsets that wait for it (Milvus Lite)."""
+        with self._lock:
+            if self._idle is not None:
+                self._idle.cancel()
+                self._idle = None
+            for collection in [name for name, rows in self._unflushed.items() if rows]:
+                self._do(partial(_flush, collection=collection))
+                self._unflushed[collection] = 0
+            for sink, offsets in list(self._unnoted.items()):
+                self._write_offsets(sink, offsets)
+                del self._unnoted[sink]
+
+    def _wrote(self, collection: str, rows: int) -> None:
+        if not self.embedded or not rows:
+            return
+        with self._lock:
+            self._unflushed[collection] = self._unflushed.get(collection, 0) + rows
+            if self._unflushed[collection] >= self._flush_rows:
+                self.flush()
+            else:
+                self._flush_later()
+
+    def _flush_later(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = threading.Timer(self._idle_s, self._flush_idle)
+        self._idle.daemon = True
+        self._idle.start()
+
+    def _flush_idle(self) -> None:
+        with self._lock:
+            # An error here is seen again, and told, by the next flush.
+            if self._client is not None and self._idle is threading.current_thread():
+                with contextlib.suppress(StoreError):
+                    self.flush()
+
+    # Collections
+
+    def _exists(self, collection: str) -> bool:
+        return collection in self._loaded or bool(self._do(lambda client: client.has_collection(collection)))
+
+    def _ensure(self, collection: str, create: Callable[[Any], None]) -> None:
+        if not self._exists(collection):
+            self._do(create)
+        self._load(collection)
+
+    def _load(self, collection: str) -> None:
+        if collection not in self._loaded:
+            self._do(lambda client: client.load_collection(collection))
+            self._loaded.add(collection)
+
+    def _create_chunks(self, client: Any, collection: str, dimensions: int) -> None:
+        schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("chunk_id", DataType.VARCHAR, is_primary=True, max_length=64)
+        schema.add_field("document_key", DataType.VARCHAR, max_length=64)
+        schema.add_field("ordinal", DataType.INT64)
+        for name in ("document_id", "title", "heading", "source", "text"):
+            schema.add_field(name, DataType.VARCHAR, max_length=_MAX_BYTES)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimensions)
+        index = client.prepare_index_params()
+        # Measured with Milvus Lite: exact search beats its HNSW up to 20,000 chunks at least, and needs no building.
+        index.add_index("vector", index_type="FLAT" if self.embedded else "AUTOINDEX", metric_type="COSINE")
+        index.add_index("document_key", index_type="INVERTED")
+        client.create_collection(collection, schema=schema, index_params=index)
+
+    def _every(self, collection: str, where: str, fields: list[str]) -> Iterator[dict[str, Any]]:
+        """All rows that ``where`` holds for, however many, as of now."""
+        iterator = self._do(
+            lambda client: client.query_iterator(
+                collection, batch_size=_PAGE, filter=where, output_fields=fields, consistency_level="Strong"
+            )
+        )
+        try:
+            while rows := self._guarded(iterator.next):
+                yield from rows
+        finally:
+            iterator.close()
+
+
+def _upsert(client: Any, *, collection: str, rows: Sequence[dict[str, Any]]) -> None:
+    client.upsert(collection, list(rows))
+
+
+def _delete(client: Any, *, collection: str, chunk_ids: Sequence[str]) -> None:
+    client.delete(collection, ids=list(chunk_ids))
+
+
+def _drop(client: Any, *, collection: str) -> None:
+    client.drop_collection(collection)
+
+
+def _flush(client: Any, *, collection: str) -> None:
+    client.flush(collection)
+
+
+def _create_offsets(client: Any) -> None:
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field("place", DataType.VARCHAR, is_primary=True, max_length=1_024)
+    schema.add_field("sink", DataType.VARCHAR, max_length=256)
+    schema.add_field("topic", DataType.VARCHAR, max_length=512)
+    schema.add_field("partition_number", DataType.INT64)
+    schema.add_field("next_offset", DataType.INT64)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)  # Milvus has no collection without one
+    index = client.prepare_index_params()
+    index.add_index("vector", index_type="FLAT", metric_type="L2")
+    client.create_collection(_OFFSETS, schema=schema, index_params=index)
+
+
+def _fitting(text: str) -> str:
+    """As much of ``text`` as a VARCHAR holds; it counts bytes."""
+    raw = text.encode("utf-8", "replace")
+    return text if len(raw) <= _MAX_BYTES else raw[:_MAX_BYTES].decode("utf-8", "ignore")
+
+
+def _literals(values: Sequence[str]) -> str:
+    """A filter's list. Only for what holds no quotes and no backslashes: ids made here, and names of sinks."""
+    return "[" + ", ".join(f'"{value}"' for value in values) + "]"
+
+
+def _pages(values: Sequence[ResultT], size: int) -> Iterator[Sequence[ResultT]]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]
