@@ -163,7 +163,8 @@ class SinkRunner:
             raise SinkError(f"sink {self.sink.name} did not stop within {timeout_s + 10:g} s; its store still works")
 
     def lag(self) -> dict[Place, int] | None:
-        """How many offsets each assigned partition is behind its last stable offset; None before the first assignment.
+        """How many offsets each assigned partition is behind its end, open transactions included; None before the
+        first assignment.
 
         Raises:
             LogError: the cluster doesn't answer.
@@ -172,12 +173,12 @@ class SinkRunner:
             assigned = self._assigned
         if assigned is None:
             return None
-        ends = self._stable_ends(assigned)
+        ends = self._ends(assigned)
         with self._changed:
             return {place: max(0, end - self._written.get(place, 0)) for place, end in ends.items()}
 
     def caught_up(self) -> bool:
-        """Whether all that was committed before the call is in the store, as far as this runner's partitions go.
+        """Whether all that was produced before the call and committed is in the store; see :meth:`wait_caught_up`.
 
         Raises:
             LogError: the cluster doesn't answer.
@@ -186,9 +187,12 @@ class SinkRunner:
         return lag is not None and not any(lag.values())
 
     def wait_caught_up(self, timeout_s: float = 30.0) -> bool:
-        """Wait until all that was committed before the call is in the store; False when ``timeout_s`` pass first.
+        """Wait until all that was produced before the call and committed is in the store; False when ``timeout_s``
+        pass first.
 
-        Only the partitions assigned to this runner count.
+        Only the partitions assigned to this runner count. The mark is the partitions' end, not the last stable offset:
+        a transaction's markers reach its partitions one by one, after the commit was answered, and what it wrote should
+        count all the same. So open transactions are waited for too, for as long as the timeout allows.
 
         Raises:
             SinkError: the runner has stopped by an error (its cause), or was never started or was stopped.
@@ -202,11 +206,13 @@ class SinkRunner:
                 return False
             with self._changed:
                 assigned = self._assigned or frozenset()
-            ends = self._stable_ends(assigned)
+            ends = self._ends(assigned)
 
             def reached() -> bool:
-                mine = self._assigned or frozenset()
-                return all(place not in mine or self._written.get(place, 0) >= end for place, end in ends.items())
+                mine = self._assigned
+                return mine is not None and all(
+                    place not in mine or self._written.get(place, 0) >= end for place, end in ends.items()
+                )
 
             return self._wait_for(reached, deadline)
         finally:
@@ -215,18 +221,19 @@ class SinkRunner:
 
     def _wait_for(self, condition: Callable[[], bool], deadline: float) -> bool:
         with self._changed:
-            while not condition():
+            while True:
                 if self._error is not None:
                     raise SinkError(f"sink {self.sink.name} has stopped: {self._error}") from self._error
-                if self._thread is None or not self._thread.is_alive():
+                if self._thread is None or self._stopping.is_set():
                     raise SinkError(f"sink {self.sink.name} is not running")
+                if condition():
+                    return True
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
                 self._changed.wait(min(left, 0.5))
-        return True
 
-    def _stable_ends(self, places: frozenset[Place]) -> dict[Place, int]:
+    def _ends(self, places: frozenset[Place]) -> dict[Place, int]:
         if not places:
             return {}
         if self._admin is None:
@@ -235,7 +242,7 @@ class SinkRunner:
         try:
             futures = self._admin.list_offsets(
                 {TopicPartition(topic, partition): latest for topic, partition in places},
-                isolation_level=IsolationLevel.READ_COMMITTED,
+                isolation_level=IsolationLevel.READ_UNCOMMITTED,
                 request_timeout=10,
             )
             return {(at.topic, at.partition): int(future.result().offset) for at, future in futures.items()}
@@ -347,7 +354,7 @@ class SinkRunner:
     def _move(self, place: Place, position: int) -> None:
         if self._assigned is None or place not in self._assigned:
             return
-        if position > self._moved.get(place, self._written.get(place, 0)):
+        if position > self._position(place):
             if not self._moved:
                 self._since = time.monotonic()
             self._moved[place] = position
@@ -401,7 +408,11 @@ class SinkRunner:
         if self._holding:
             self._holding = False
             if self._consumer is not None:
-                self._consumer.resume(self._consumer.assignment())
+                assignment = self._consumer.assignment()
+                self._consumer.resume(assignment)
+                self._read_from(
+                    {(at.topic, at.partition): self._position((at.topic, at.partition)) for at in assignment}
+                )
 
     def _hold(self, seconds: float) -> None:
         """Let ``seconds`` pass without reading on, but answer the group, which would give the partitions away."""
@@ -468,29 +479,49 @@ class SinkRunner:
         self._batch = [item for item in self._batch if (item.record.topic, item.record.partition) not in gone]
         self._moved = {place: offset for place, offset in self._moved.items() if place not in gone}
         with self._changed:
-            self._assigned = (self._assigned or frozenset()) - gone
+            # None where nothing is left: a member that lost all it had can't say that it has seen it all.
+            self._assigned = ((self._assigned or frozenset()) - gone) or None
             for place in gone:
                 self._written.pop(place, None)
             self._changed.notify_all()
         if not self._stopping.is_set():
             consumer.incremental_unassign(partitions)
 
+    def _position(self, place: Place) -> int:
+        return self._moved.get(place, self._written.get(place, 0))
+
+    def _read_from(self, positions: Mapping[Place, int]) -> None:
+        """Go on reading at ``positions``.
+
+        seek() is refused for a partition whose offset was out of range, and resume() alone goes wrong: librdkafka
+        counts an end-of-partition event as a record, so that after one it would go on one record too far.
+        """
+        assert self._consumer is not None
+        self._consumer.incremental_unassign([TopicPartition(topic, partition) for topic, partition in positions])
+        self._consumer.incremental_assign(
+            [
+                TopicPartition(topic, partition, position or OFFSET_BEGINNING)
+                for (topic, partition), position in positions.items()
+            ]
+        )
+
     def _out_of_range(self, place: Place) -> None:
-        """The log does not hold the store's offset: retention went past it, or this is another log."""
+        """The log does not hold the offset: retention went past it, or this is another log than the store saw."""
         assert self._consumer is not None
         topic, partition = place
-        stored = self._written.get(place, 0)
+        position = self._position(place)
         try:
             low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=30)
         except KafkaException as error:
-            raise LogError(f"{topic}[{partition}] does not hold offset {stored}: {error.args[0].str()}") from error
-        if stored > high:
+            raise LogError(f"{topic}[{partition}] does not hold offset {position}: {error.args[0].str()}") from error
+        if position > high:
             raise HistoryLostError(
                 f"{topic}[{partition}] ends at offset {high}, but the store of sink {self.sink.name} has seen it up to "
-                f"{stored}: the topic was made anew or lost its end. Restore the log, or start with an empty store"
+                f"{position}: the topic was made anew or lost its end. Restore the log, or start with an empty store"
             )
-        _log.warning(
-            "sink %s: %s[%d] begins at offset %d, the store stands at %d: retention removed what lies between",
-            *(self.sink.name, topic, partition, low, stored),
-        )
-        self._consumer.seek(TopicPartition(topic, partition, low))
+        if position < low:
+            _log.warning(
+                "sink %s: %s[%d] begins at offset %d, the store stands at %d: retention removed what lies between",
+                *(self.sink.name, topic, partition, low, position),
+            )
+        self._read_from({place: max(low, position)})
