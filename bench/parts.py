@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, sinks, step
+from bench import codec, latency, sinks, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -55,6 +55,10 @@ def _step(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return step.measure(bootstrap_servers, events=scale.events, rounds=scale.rounds, log=_log)
 
 
+def _latency(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return latency.measure(bootstrap_servers, seconds=scale.probe_s)
+
+
 def _clickhouse(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     step.fill(bootstrap_servers, scale.events)
     return sinks.measure_clickhouse(bootstrap_servers, tasks=scale.events, rows=scale.rows, rounds=scale.rounds)
@@ -63,5 +67,6 @@ def _clickhouse(bootstrap_servers: str, scale: Scale) -> list[Figure]:
 PARTS: tuple[Part, ...] = (
     Part("codec", False, _codec),
     Part("step", True, _step),
+    Part("latency", True, _latency),
     Part("clickhouse", True, _clickhouse),
 )

@@ -19,7 +19,7 @@ from bench.trial import Trial, run_trial
 from schemas.codec import Codec
 from schemas.events import TaskCompleted
 
-__all__ = ["PARTITIONS", "SOURCE", "fill", "measure"]
+__all__ = ["OURS_TARGET", "PARTITIONS", "SOURCE", "fill", "measure"]
 
 PART: Final = "typed step"
 PARTITIONS: Final = 4
