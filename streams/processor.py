@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
@@ -103,14 +104,15 @@ class Processor:
         self._failure: BaseException | None = None
         self._diagnose = False
         self._aborts = 0
+        self._joined = False
         self._fetcher: Fetcher
         self._dispatcher: Dispatcher[Work]
         self._transactor: Transactor
 
     @property
-    def ready(self) -> bool:
-        """Whether it owns partitions and works on them."""
-        return bool(self._partitions) and self._failure is None
+    def joined(self) -> bool:
+        """Whether it is a member of its group, has its partitions (maybe none) and works."""
+        return self._joined and self._failure is None
 
     def stop(self) -> None:
         """Stop gracefully: fetch nothing more, finish and commit what is in flight, leave. :meth:`run` returns then."""
@@ -225,7 +227,7 @@ class Processor:
             if offset is None and state:
                 raise StateError(
                     f"{changelog}[{place.partition}] holds {len(state)} lanes, but group {group} has no offset for "
-                    f"{place.topic}[{place.partition}]; the offset was lost. Set it again, or delete the changelog to start anew"
+                    f"{place.topic}[{place.partition}]; it was lost. Set it again, or delete the changelog"
                 )
             tracker = OffsetTracker(offset, (place.metadata or "") if offset is not None else "")
             prepared.append(Partition(place.topic, place.partition, tracker, StateStore(state), changelog))
@@ -233,6 +235,7 @@ class Processor:
 
     async def assigned(self, prepared: Sequence[Partition]) -> list[TopicPartition]:
         """Own the prepared partitions."""
+        self._joined = True
         places = []
         for partition in prepared:
             self._partitions[partition.topic, partition.number] = partition
@@ -351,9 +354,8 @@ class Processor:
             messages, offsets = self._select()
             if offsets:
                 try:
-                    await loop.run_in_executor(
-                        threads, lambda: self._transactor.commit(messages, offsets, group, diagnose=self._diagnose)
-                    )
+                    commit = partial(self._transactor.commit, messages, offsets, group, diagnose=self._diagnose)
+                    await loop.run_in_executor(threads, commit)
                 except TransactionAbortedError as error:
                     await self._aborted(error)
                     continue

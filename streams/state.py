@@ -1,8 +1,9 @@
 """The state store: each lane's state in memory, its changes in a compacted changelog beside the input topic.
 
 In: a partition's changelog, up to what the committed offset stands for. Out: the lanes' states, and changelog records
-for their changes, which the processor commits in the transaction that carries the offset. State is disposable: it lives in memory
-only, and a partition's next owner restores it from the changelog, which compaction keeps near one record a lane.
+for their changes, which the processor commits in the transaction that carries the offset. State is disposable: it
+lives in memory only, and a partition's next owner restores it from the changelog, which compaction keeps near one
+record a lane.
 """
 
 import time
@@ -105,7 +106,7 @@ class StateStore:
     """The lane states of one input partition.
 
     Expiry is decided by record time, the partition's latest record timestamp, never by the clock: a state is gone for
-    an event exactly if the event's timestamp is at or past its expiry, however late the event is handled, and replay sees the same.
+    an event exactly if the event's timestamp is at or past its expiry, however late the event is handled.
     """
 
     __slots__ = ("_expiring", "_states")
@@ -189,8 +190,8 @@ def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str
                 new.append(NewTopic(changelog, len(partitions), copies, config=dict(CHANGELOG_CONFIG)))
             elif len(known[changelog].partitions) != len(partitions):
                 raise StateError(
-                    f"{topic} has {len(partitions)} partitions and {changelog} {len(known[changelog].partitions)}; keys "
-                    "would no longer find their state. Restore the old number, or rebuild the group from its beginning"
+                    f"{topic} has {len(partitions)} partitions and {changelog} {len(known[changelog].partitions)}; "
+                    "keys would no longer find their state. Rebuild the group from its beginning"
                 )
         for changelog, future in admin.create_topics(new, operation_timeout=_METADATA_TIMEOUT_S).items() if new else ():
             try:
@@ -238,7 +239,8 @@ def _high_watermarks(
     kafka: Mapping[str, Any], places: list[TopicPartition], timeout_s: float
 ) -> dict[tuple[str, int], int]:
     wanted = {TopicPartition(place.topic, place.partition): OffsetSpec.latest() for place in places}
-    futures = AdminClient(dict(kafka)).list_offsets(
+    admin = AdminClient(dict(kafka))  # bound: a client that is collected takes its unanswered requests with it
+    futures = admin.list_offsets(
         wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout_s
     )
     return {(place.topic, place.partition): future.result(timeout_s).offset for place, future in futures.items()}

@@ -7,6 +7,7 @@ error that says what to do next. Everything here blocks; the processor calls it 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -131,11 +132,9 @@ class Transactor:
 
     def close(self) -> None:
         """Abort what is open and let go of the connections."""
-        try:
+        # It fails when none is open, or the id is fenced; either way nothing of it can commit any more.
+        with suppress(KafkaException):
             self._producer.abort_transaction(1.0)
-        except KafkaException:
-            # None was open, or the id is fenced; either way nothing of it can commit any more.
-            pass
         self._producer.flush(1.0)
 
 
