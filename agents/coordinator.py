@@ -209,7 +209,7 @@ def _end(outcome: Event, ctx: Context[TaskState]) -> None:
 
 
 def _fail(event: Event, task: TaskState, reason: str, ctx: Context[TaskState], *, step_id: str | None = None) -> None:
-    _cancel_running(event, task, "the task failed", ctx, but=step_id)
+    _cancel_running(event, task, "the task failed", ctx, but=getattr(event, "step_id", None))
     _end(TaskFailed(task_id=_task_id(event), objective=task.objective, reason=reason, step_id=step_id), ctx)
 
 

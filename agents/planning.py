@@ -41,14 +41,14 @@ class Plan(BaseModel):
 
 
 def _schema() -> str:
-    # Serialisation mode lists every field as required, which the vendors' strict structured outputs insist on; they
-    # refuse `default`, so that goes.
+    # The vendors' strict structured outputs insist that every field is required, and refuse `default`.
     def plain(node: Any) -> Any:
         if isinstance(node, dict):
-            return {key: plain(value) for key, value in node.items() if key not in ("default", "title", "description")}
+            kept = {key: plain(value) for key, value in node.items() if key not in ("default", "title", "description")}
+            return kept | {"required": list(kept["properties"])} if "properties" in kept else kept
         return [plain(item) for item in node] if isinstance(node, list) else node
 
-    return canonical_json(plain(Plan.model_json_schema(mode="serialization")))
+    return canonical_json(plain(Plan.model_json_schema()))
 
 
 PLAN_SCHEMA: Final = _schema()

@@ -266,7 +266,7 @@ def _reads_as_sentence(sentence: str) -> bool:
     letters = sum(character.isalpha() or character == " " for character in sentence)
     if letters < 0.75 * len(sentence):
         return False
-    first = sentence[sentence[0] in "\"'(“*`." :]
+    first = sentence[sentence[0] in "\"'“*`." :]
     return first[:1].isalnum() and not first.startswith("see ")
 
 

@@ -34,7 +34,7 @@ _DEFINES: Final = 3.0
 
 _LEAD: Final = 1.2
 _INTRODUCTION: Final = 1.8
-"""So does one of the first two of its passage, more so at the document's top: there documents say what they are about."""
+"""So does one of the first two of its passage, more so at the document's top, where it says what it is about."""
 
 _FOLLOWS: Final = 2.0
 """And so does the sentence right after a chosen one: after what a thing is comes what it does."""
@@ -77,8 +77,8 @@ _POINTS_BACK = re.compile(
 _ABOUT_PROJECT = re.compile(
     r"\b(?:badge|licen[sc]ed?|copyright|sponsor|donat\w*|contribut\w*|changelog|pull requests?|code of conduct|"
     r"mailing list|stack overflow|discord|slack|github issues|bug reports?|release notes|readthedocs|"
-    r"(?:alpha|beta) release|documentation (?:is|can be|for)|official documentation|for more information|"
-    r"pre-release|for details|thanks to)\b|#\d+",
+    r"(?:alpha|beta) release|documentation (?:is|can be|for)|official documentation|"
+    r"for more|for details|see the|see our|pre-release|thanks to)\b|#\d+",
     re.IGNORECASE,
 )
 _TASK_WORDS: Final = frozenset(
