@@ -64,6 +64,10 @@ share.coordinator.state.topic.min.isr=1
 share.coordinator.state.topic.num.partitions=1
 group.initial.rebalance.delay.ms=0
 
+# After a crash the controller lets the node in again when its old session is over; by default that takes 9 s.
+broker.session.timeout.ms=4000
+broker.heartbeat.interval.ms=500
+
 num.network.threads=2
 num.io.threads=4
 num.recovery.threads.per.data.dir=2
@@ -85,7 +89,7 @@ appender.file.name = file
 appender.file.fileName = {log_path}
 appender.file.filePattern = {log_path}.%i
 appender.file.layout.type = PatternLayout
-appender.file.layout.pattern = %d{{yyyy-MM-dd HH:mm:ss.SSS}} %-5p %c{{1}} - %m%n
+appender.file.layout.pattern = %d{{yyyy-MM-dd HH:mm:ss.SSS}} %-5p %c{{1}} - %m%n%ex{{20}}
 appender.file.policies.type = Policies
 appender.file.policies.size.type = SizeBasedTriggeringPolicy
 appender.file.policies.size.size = 10MB
@@ -93,12 +97,12 @@ appender.file.strategy.type = DefaultRolloverStrategy
 appender.file.strategy.max = 2
 rootLogger.level = warn
 rootLogger.appenderRef.file.ref = file
-logger.kafka.name = kafka
-logger.kafka.level = info
-logger.server.name = org.apache.kafka.server
-logger.server.level = info
-logger.config.name = org.apache.kafka.common.config
-logger.config.level = warn
+logger.groups.name = org.apache.kafka.coordinator.group
+logger.groups.level = info
+logger.raft.name = kafka.server.KafkaRaftServer
+logger.raft.level = info
+logger.broker.name = kafka.server.BrokerServer
+logger.broker.level = info
 """
 
 
@@ -258,6 +262,11 @@ class EmbeddedBroker:
             *rest,
         ]
 
+    def _cluster_id(self) -> str:
+        """The id that the data folder was formatted with."""
+        lines = (self.data_dir / "log" / "meta.properties").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line).get("cluster.id", "")
+
     def _answers(self) -> bool:
         host, port = self._bootstrap_servers.split(":")
         try:
@@ -266,7 +275,8 @@ class EmbeddedBroker:
             return False
         try:
             client = AdminClient({"bootstrap.servers": self._bootstrap_servers, "log_level": 0})
-            return bool(client.list_topics(timeout=2).brokers)
+            # Whoever else took the port may answer too, even another Kafka: the cluster id tells.
+            return bool(client.list_topics(timeout=2).cluster_id == self._cluster_id())
         except KafkaException:
             return False
 

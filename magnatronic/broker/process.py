@@ -6,6 +6,7 @@ owner however the owner ends.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,17 +23,25 @@ __all__ = ["LOCALHOST", "JavaProcess", "free_ports", "last_lines"]
 
 LOCALHOST: Final = "127.0.0.1"
 _SHOWN_LINES: Final = 25
+_SHOWN_ERRORS: Final = 10
+_ERROR: Final = re.compile(r"\b(ERROR|FATAL)\b|Exception:|^Caused by")
 _POLL_S: Final = 0.02
 
 
-def last_lines(path: Path, count: int = _SHOWN_LINES) -> str:
-    """The last lines of a log file, or an empty text where there is none. Reads at most 64 KiB."""
+def last_lines(path: Path, count: int = _SHOWN_LINES, since: int = 0) -> str:
+    """The last lines of a log file from byte ``since`` on, or an empty text where there is none.
+
+    Errors above them, which what a program says while it shuts down may have pushed out of sight, come first. Reads at
+    most 64 KiB.
+    """
     try:
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 65_536))
-            return "\n".join(file.read().decode(errors="replace").splitlines()[-count:])
+            file.seek(max(since, os.fstat(file.fileno()).st_size - 65_536))
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
+    above = [line for line in lines[:-count] if _ERROR.search(line)]
+    return "\n".join(above[-_SHOWN_ERRORS:] + lines[-count:])
 
 
 def free_ports(count: int) -> list[int]:
@@ -78,6 +87,7 @@ class JavaProcess:
         self._start_timeout_s = start_timeout_s
         self._grace_s = grace_s
         self._keep_open = tuple(keep_open)
+        self._log_sizes: dict[Path, int] = {}
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
 
@@ -107,6 +117,8 @@ class JavaProcess:
         if self.running:
             raise JavaProcessError(f"{self.name} runs already (pid {self._pid})")
         self.output_path.write_bytes(b"")
+        # Logs are appended to; what earlier starts said is no explanation of this one.
+        self._log_sizes = {path: path.stat().st_size if path.exists() else 0 for path in self._log_paths}
         # -I and -S: no site-packages, so the watchdog starts in 20 ms and stays at about 8 MiB.
         arguments = [sys.executable, "-I", "-S", watchdog.__file__, str(self._grace_s), str(self.output_path)]
         self._watchdog = subprocess.Popen(
@@ -140,7 +152,9 @@ class JavaProcess:
             time.sleep(_POLL_S)
 
     def _explain(self, what: str) -> str:
-        shown = [f"{path}:\n{tail}" for path in self._log_paths if (tail := last_lines(path))]
+        shown = [
+            f"{path}:\n{tail}" for path, since in self._log_sizes.items() if (tail := last_lines(path, since=since))
+        ]
         return "\n".join([f"{self.name} {what}; its last lines:", *(shown or ["(it wrote none)"])])
 
     def stop(self) -> None:

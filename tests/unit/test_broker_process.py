@@ -177,6 +177,13 @@ def test_last_lines_of_a_long_log_and_of_none(tmp_path: Path) -> None:
     log.write_text("".join(f"line {number}\n" for number in range(100_000)))
     assert last_lines(log, 2) == "line 99998\nline 99999"
     assert last_lines(tmp_path / "none.log") == ""
+    assert last_lines(log, 2, since=log.stat().st_size - 4) == "999"
+
+
+def test_an_error_above_the_last_lines_is_shown(tmp_path: Path) -> None:
+    log = tmp_path / "failed.log"
+    log.write_text("12:00 ERROR port is taken\n" + "12:01 INFO bye\n" * 100)
+    assert last_lines(log, 2) == "12:00 ERROR port is taken\n12:01 INFO bye\n12:01 INFO bye"
 
 
 def test_free_ports_differ() -> None:
