@@ -1,0 +1,153 @@
+"""Commands that run parts of the system until they are stopped: up, run.
+
+In: settings. Out: a running system or role; Ctrl-C and SIGTERM stop it gracefully.
+"""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from magnatronic.cli.options import Output, common_options, load_settings
+
+if TYPE_CHECKING:
+    from magnatronic.system import SystemInfo
+
+__all__ = ["run", "up"]
+
+
+@click.command()
+@common_options
+def up(*, data_dir: Path | None, out: Output) -> int:
+    """Start the whole system and run until Ctrl-C or SIGTERM.
+
+    Without MAGNATRONIC_KAFKA_BOOTSTRAP_SERVERS a broker starts too. All data is in the data folder and outlives this
+    process, however it ends: started again, it goes on where it was.
+    """
+    from magnatronic.logs import log_to
+    from magnatronic.system import FolderLock, System
+
+    settings = load_settings(data_dir)
+    FolderLock(settings.data_dir).check()
+    log_to(settings.data_dir / "logs" / "magnatronic.log", settings.log_level)
+    system = System(settings, on_progress=lambda what: out.progress.print(f"[dim]starting {what} …[/]"))
+
+    async def serve(stop: asyncio.Event) -> int:
+        info = await _unless(stop, system.start())
+        if info is None:
+            return 0
+        _say_where(info, out)
+        assert system.failure is not None
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([stopping, system.failure], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        failure = system.failure.result() if system.failure.done() else None
+        if failure is None:
+            out.progress.print("[dim]stopping …[/]")
+        await system.stop()
+        if failure is not None:
+            raise failure
+        return 0
+
+    return _until_signalled(serve)
+
+
+def _say_where(info: "SystemInfo", out: Output) -> None:
+    if out.as_json:
+        out.json({"event": "ready", **info.as_dict()})
+        return
+    broker = f"{info.bootstrap_servers}" + (f"  (embedded, process {info.broker_pid})" if info.embedded else "")
+    for name, value in (
+        ("Kafka", broker),
+        ("data", info.data_dir),
+        ("ClickHouse", info.clickhouse),
+        ("Milvus", info.milvus),
+        ("language model", info.provider),
+        ("embeddings", info.embedding_model),
+        ("socket", info.socket),
+        ("logs", info.logs),
+    ):
+        click.echo(f"{name:<16}{value}")
+    click.echo('ready; try: magnatronic ask "…"   (Ctrl-C stops it)')
+
+
+@click.command()
+@click.argument("role")
+@click.option("--slot", help="A name for this instance, unique in its role. Default: the first that is free here.")
+@common_options
+def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> int:
+    """Run one ROLE alone: an agent by name, `agents`, `sink-clickhouse` or `sink-milvus`.
+
+    It works on the cluster that MAGNATRONIC_KAFKA_BOOTSTRAP_SERVERS names, or beside the system on the data folder. Run
+    as many as you like; they share the partitions.
+    """
+    from magnatronic.discovery import find_system
+    from magnatronic.logs import log_to
+    from magnatronic.single import SingleRole
+
+    single = SingleRole(role, find_system(data_dir), slot=slot)
+    settings = single.settings
+    log_to(settings.data_dir / "logs" / f"{role}-{single.slot}.log", settings.log_level)
+
+    async def serve(stop: asyncio.Event) -> int:
+        await single.start()
+        if out.as_json:
+            out.json({"event": "ready", "role": role, "slot": single.slot})
+        else:
+            click.echo(f"{role} {single.slot} is ready (Ctrl-C stops it)")
+        failure = await single.until(stop)
+        await single.stop()
+        if failure is not None:
+            raise failure
+        return 0
+
+    return _until_signalled(serve)
+
+
+def _until_signalled(serve: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Run ``serve`` on an event loop, with an event that SIGINT and SIGTERM set; a second SIGINT interrupts it."""
+    from magnatronic.system import new_event_loop
+
+    received: list[int] = []
+
+    async def main() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        this = asyncio.current_task()
+        assert this is not None
+
+        def signalled(number: int) -> None:
+            if received and number == signal.SIGINT:
+                this.cancel()
+            received.append(number)
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, signalled, number)
+        return await serve(stop)
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        try:
+            code = runner.run(main())
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+    if received and received[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    return code
+
+
+async def _unless(stop: asyncio.Event, work: Awaitable[Any]) -> Any:
+    """The result of ``work``, or None when ``stop`` was set first; the work is cancelled then."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+    finally:
+        stopping.cancel()

@@ -1,0 +1,187 @@
+"""The roles that a process can have, put together from the settings.
+
+In: :class:`~magnatronic.settings.Settings` and Kafka client settings. Out: bindings of agents, the ports they decide
+through, and sinks. ``up`` runs all roles in one process, ``run`` one of them on a cluster.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+from agents.agent import Agent
+from agents.context import LanguageModel, Ports
+from agents.coordinator import Coordinator
+from agents.decomposer import Decomposer
+from agents.embedder import Embedder
+from agents.memory.chunking import Chunker
+from agents.memory.embedding import BatchingEmbedder, TextEncoder
+from agents.memory.model_files import TokenCounter
+from agents.overseer import Overseer
+from agents.providers import create_provider
+from agents.researcher import Researcher
+from agents.retriever import Retriever
+from magnatronic.errors import WrongInputError
+from magnatronic.settings import Settings
+from schemas.topics import Topic, topic_of
+from sinks.clickhouse.client import ClickHouse
+from sinks.clickhouse.writer import ClickHouseSink
+from sinks.milvus.memory import MilvusMemory
+from sinks.milvus.sink import MilvusSink
+from sinks.milvus.store import MilvusStore
+from sinks.sink import Sink
+from streams.bindings import Binding
+
+__all__ = ["AGENT_ROLES", "ROLES", "Workbench", "all_agents", "agents_of"]
+
+AGENT_ROLES: Final = ("decomposer", "coordinator", "retriever", "researcher", "overseer", "embedder")
+"""Each agent is a role of its own."""
+
+SINK_ROLES: Final = ("sink-clickhouse", "sink-milvus")
+
+ROLES: Final = (*AGENT_ROLES, "agents", *SINK_ROLES)
+"""What ``magnatronic run`` takes; ``agents`` is all agents in one process."""
+
+_NEEDS_MEMORY: Final = frozenset({"retriever", "researcher"})
+_NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "embedder"})
+
+_EMBEDDER_CONCURRENCY: Final = 8
+"""Documents that are embedded side by side: enough to fill the model's batches, few enough that each is soon done."""
+
+_EMBEDDER_TIMEOUT_S: Final = 900.0
+"""A document of 10,000 chunks takes minutes on a CPU."""
+
+
+def all_agents() -> tuple[Agent[Any], ...]:
+    """Every agent that decides on tasks; what a task's replay runs."""
+    return (Decomposer(), Coordinator(), Retriever(), Researcher(), Overseer())
+
+
+def agents_of(role: str) -> tuple[str, ...]:
+    """The names of the agents that ``role`` runs; none for a sink.
+
+    Raises:
+        WrongInputError: there is no such role.
+    """
+    if role not in ROLES:
+        raise WrongInputError(f"there is no role {role!r}; choose one of: {', '.join(ROLES)}")
+    if role == "agents":
+        return AGENT_ROLES
+    return (role,) if role in AGENT_ROLES else ()
+
+
+class Workbench:
+    """What the roles of one process share, each part made when it is first asked for.
+
+    ``data_dir`` holds the embedded stores' files. Close it when all that it made has stopped.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._closing = contextlib.ExitStack()
+        self._embedding: BatchingEmbedder | None = None
+        self._llm: LanguageModel | None = None
+        self._clickhouse: ClickHouse | None = None
+        self._milvus: MilvusStore | None = None
+        self._memory: MilvusMemory | None = None
+
+    def bindings(self, names: Sequence[str]) -> list[Binding]:
+        """The agents called ``names``, bound to their topics."""
+        made: dict[str, Agent[Any]] = {agent.name: agent for agent in all_agents()}
+        if "embedder" in names:
+            model = self.embedding()
+            made["embedder"] = Embedder(model.model, model.version, Chunker(TokenCounter()))
+        return [bind(made[name]) for name in names]
+
+    def ports(self, names: Sequence[str]) -> Ports:
+        """What the agents called ``names`` need of the outside world."""
+        needed = frozenset(names)
+        return Ports(
+            llm=self.llm(),
+            memory=self.memory() if needed & _NEEDS_MEMORY else None,
+            embedding=self.embedding() if needed & _NEEDS_EMBEDDING else None,
+        )
+
+    def sink(self, role: str) -> Sink:
+        """The sink that ``role`` runs."""
+        return ClickHouseSink(self.clickhouse()) if role == "sink-clickhouse" else MilvusSink(self.milvus())
+
+    def embedding(self) -> BatchingEmbedder:
+        """The embedding model that the settings name."""
+        if self._embedding is None:
+            self._embedding = BatchingEmbedder(_encoder(self.settings.embedding_model))
+            self._closing.callback(self._embedding.close)
+        return self._embedding
+
+    def llm(self) -> LanguageModel:
+        """The language model that the settings name."""
+        if self._llm is None:
+            settings = self.settings
+            key = settings.llm_api_key
+            self._llm = create_provider(
+                settings.llm_provider,
+                api_key="" if key is None else key.get_secret_value(),
+                model=settings.llm_model or "",
+                base_url=(settings.openai_base_url or "") if settings.llm_provider == "openai" else "",
+            )
+        return self._llm
+
+    def clickhouse(self) -> ClickHouse:
+        """The ClickHouse that the settings name, by default the embedded one in the data folder."""
+        if self._clickhouse is None:
+            self._clickhouse = ClickHouse(self.settings.clickhouse_url or self.settings.data_dir / "clickhouse")
+            self._closing.callback(self._clickhouse.close)
+        return self._clickhouse
+
+    def milvus(self) -> MilvusStore:
+        """The Milvus that the settings name, by default the embedded one in the data folder; its users open it."""
+        if self._milvus is None:
+            settings = self.settings
+            token = settings.milvus_token
+            self._milvus = MilvusStore(
+                settings.milvus_uri or settings.data_dir / "milvus.db",
+                token="" if token is None else token.get_secret_value(),
+            )
+        return self._milvus
+
+    def memory(self) -> MilvusMemory:
+        """Recall from :meth:`milvus`, opened."""
+        if self._memory is None:
+            self._memory = MilvusMemory(self.milvus(), self.embedding())
+            self._memory.open()
+            self._closing.callback(self._memory.close)
+        return self._memory
+
+    def close(self) -> None:
+        """Let go of stores and models, the last made first."""
+        self._closing.close()
+
+
+def bind(agent: Agent[Any]) -> Binding:
+    """``agent`` on the topics of the events that it consumes; a worker only on those of its capabilities."""
+    topics: dict[str, None] = {}
+    for event in agent.consumes:
+        topics.update(dict.fromkeys(_names(topic_of(event), agent.capabilities)))
+    if agent.name == "embedder":
+        return Binding(agent, tuple(topics), concurrency=_EMBEDDER_CONCURRENCY, timeout_s=_EMBEDDER_TIMEOUT_S)
+    return Binding(agent, tuple(topics))
+
+
+def _names(topic: Topic, capabilities: Sequence[str]) -> list[str]:
+    if not topic.per_capability:
+        return list(topic.names())
+    return [
+        name
+        for name in topic.names()
+        if any(name.startswith(f"{topic.name}.{capability}.") for capability in capabilities)
+    ]
+
+
+def _encoder(model: str) -> TextEncoder:
+    """all-MiniLM-L6-v2 runs on ONNX without further ado; any other model needs the ``gpu`` extra."""
+    from agents.memory.embedding_onnx import OnnxMiniLm
+
+    if model == "all-MiniLM-L6-v2":
+        return OnnxMiniLm()
+    from agents.memory.embedding_torch import TorchEncoder
+
+    return TorchEncoder(model)

@@ -1,0 +1,391 @@
+"""The whole system in one process: broker, topics, agents, sinks, control socket.
+
+In: settings. Out: :class:`System`, which starts its parts in order, runs until it is stopped or a part fails, and stops
+them in the reverse order. Agents run on the event loop, sinks in threads, the broker is a JVM beside this process.
+Nothing but the log and the stores' own offsets says how far anything has come, so that SIGKILL at any moment is no more
+than a pause.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from magnatronic.broker import EmbeddedBroker
+from magnatronic.broker.topics import ensure_topics
+from magnatronic.control import ControlServer, socket_path
+from magnatronic.discovery import make_codec
+from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError
+from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.queries import answer_query
+from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench
+from magnatronic.settings import Settings
+from schemas.codec import Codec
+from sinks.runner import SinkRunner
+from streams.runner import Runner
+
+__all__ = ["RunningSystem", "System", "SystemInfo"]
+
+_LOGGER: Final = logging.getLogger(__name__)
+_CATCH_UP_S: Final = 30.0
+_READY_TIMEOUT_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class SystemInfo:
+    """Where the parts of a running system are. ``embedded`` tells whether the broker is its own."""
+
+    bootstrap_servers: str
+    embedded: bool
+    data_dir: Path
+    socket: Path
+    logs: Path
+    provider: str
+    clickhouse: str
+    milvus: str
+    embedding_model: str
+    broker_pid: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The places as JSON can hold them."""
+        return {
+            "bootstrap_servers": self.bootstrap_servers,
+            "embedded": self.embedded,
+            "data_dir": str(self.data_dir),
+            "socket": str(self.socket),
+            "logs": str(self.logs),
+            "provider": self.provider,
+            "clickhouse": self.clickhouse,
+            "milvus": self.milvus,
+            "embedding_model": self.embedding_model,
+            "pid": os.getpid(),
+            "broker_pid": self.broker_pid,
+        }
+
+
+class System:
+    """Everything in one process. Start it, wait for :attr:`failure` or what you like, stop it.
+
+    ``on_progress`` is told in a few words what is being started.
+    """
+
+    def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] = lambda _: None) -> None:
+        self.settings = settings
+        self._tell = on_progress
+        self._lock = FolderLock(settings.data_dir)
+        self._broker: EmbeddedBroker | None = None
+        self._workbench = Workbench(settings)
+        self._control: ControlServer | None = None
+        self._agents: Runner | None = None
+        self._sinks: dict[str, SinkRunner] = {}
+        self._background: list[asyncio.Task[None]] = []
+        self._started_at = time.monotonic()
+        self.failure: asyncio.Future[PartFailedError] | None = None
+        self.kafka: dict[str, Any] = {}
+
+    async def start(self) -> SystemInfo:
+        """Start all parts; where they are. When it raises, nothing is left running.
+
+        Raises:
+            AlreadyRunningError: another process runs on the data folder.
+            BrokerError: the broker or its topics can't be had.
+            SinkError: a store can't be opened.
+            PartFailedError: a part ended while it started.
+        """
+        self._lock.acquire()
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> SystemInfo:
+        loop = asyncio.get_running_loop()
+        self.failure = loop.create_future()
+        self._tell("Kafka, the stores and the embedding model")
+        # The JVM takes two seconds to come up; models and stores open meanwhile.
+        kafka, codec, _ = await asyncio.gather(
+            asyncio.to_thread(self._start_kafka),
+            asyncio.to_thread(self._prepare_codec),
+            asyncio.to_thread(self._open_stores),
+        )
+        self.kafka = kafka
+        self._tell("agents and sinks")
+        for role in SINK_ROLES:
+            self._start_sink(role, codec, loop)
+        self._agents = Runner(
+            self._workbench.bindings(AGENT_ROLES),
+            codec=codec,
+            kafka=kafka,
+            ports=self._workbench.ports(AGENT_ROLES),
+        )
+        self._watch("agents", self._agents.run())
+        if self._broker is not None:
+            self._watch("the broker", self._watch_broker(self._broker))
+        await self._wait_ready()
+        self._control = ControlServer(
+            socket_path(self.settings.data_dir),
+            {"status": self._status, "query": self._query, "catch_up": self._catch_up},
+        )
+        await self._control.start()
+        return self.info()
+
+    def _start_kafka(self) -> dict[str, Any]:
+        settings = self.settings
+        servers = None
+        if settings.embedded_kafka:
+            self._broker = EmbeddedBroker(
+                settings.data_dir / "kafka", heap_mb=settings.kafka_heap_mb, java_home=settings.java_home
+            )
+            servers = self._broker.start().bootstrap_servers
+        # librdkafka's own words go where all logs go, not to standard error.
+        kafka = {**settings.kafka_client_config(servers), "logger": KAFKA_LOGGER}
+        ensure_topics(kafka, partitions=settings.partitions, replication_factor=settings.replication_factor)
+        return kafka
+
+    def _prepare_codec(self) -> Codec:
+        return make_codec(self.settings)
+
+    def _open_stores(self) -> None:
+        self._workbench.llm()
+        self._workbench.embedding()
+        self._workbench.clickhouse()
+        self._workbench.memory()
+
+    def _start_sink(self, role: str, codec: Codec, loop: asyncio.AbstractEventLoop) -> None:
+        def failed(error: BaseException) -> None:
+            loop.call_soon_threadsafe(self._fail, role, error)
+
+        runner = SinkRunner(
+            self._workbench.sink(role), codec=codec, kafka=self.kafka, instance="0", on_error=failed
+        )
+        self._sinks[role] = runner
+        runner.start()
+
+    def _watch(self, name: str, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._fail(name, error)
+
+        task.add_done_callback(ended)
+        self._background.append(task)
+
+    def _fail(self, name: str, error: BaseException) -> None:
+        _LOGGER.error("%s failed", name, exc_info=error)
+        if self.failure is not None and not self.failure.done():
+            said = str(error) if isinstance(error, PartFailedError) else f"{name} failed: {error}"
+            failure = PartFailedError(said)
+            failure.__cause__ = error
+            self.failure.set_result(failure)
+
+    async def _watch_broker(self, broker: EmbeddedBroker) -> None:
+        while broker.running:
+            await asyncio.sleep(0.5)
+        raise PartFailedError(f"the Kafka process ended; its log is {broker.log_path}")
+
+    async def _wait_ready(self) -> None:
+        """Wait until every agent works and every sink has its partitions."""
+        assert self.failure is not None
+        assert self._agents is not None
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while not self._agents.ready:
+            if self.failure.done():
+                raise self.failure.result()
+            if time.monotonic() > deadline:
+                raise PartFailedError(
+                    f"the agents are not ready after {_READY_TIMEOUT_S:g} s; see {self.settings.data_dir / 'logs'}"
+                )
+            await asyncio.sleep(0.02)
+
+    def info(self) -> SystemInfo:
+        """Where the parts are."""
+        settings = self.settings
+        model = self._workbench.embedding()
+        return SystemInfo(
+            bootstrap_servers=self.kafka["bootstrap.servers"],
+            embedded=self._broker is not None,
+            data_dir=settings.data_dir,
+            socket=socket_path(settings.data_dir),
+            logs=settings.data_dir / "logs",
+            provider=settings.llm_provider + (f" ({settings.llm_model})" if settings.llm_model else ""),
+            clickhouse="a server" if settings.clickhouse_url else str(settings.data_dir / "clickhouse"),
+            milvus=settings.milvus_uri or str(settings.data_dir / "milvus.db"),
+            embedding_model=f"{model.model} ({model.version})",
+            broker_pid=None if self._broker is None else self._broker.pid,
+        )
+
+    async def _status(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **self.info().as_dict(),
+            "uptime_s": round(time.monotonic() - self._started_at, 1),
+            "ready": self._agents is not None and self._agents.ready,
+            "agents": [] if self._agents is None else sorted(self._agents.processors),
+            "sinks": {role: {"records": runner.records_written} for role, runner in self._sinks.items()},
+        }
+
+    async def _query(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        sql = str(request.get("sql", ""))
+        caught_up = True
+        if request.get("wait", True):
+            caught_up = await asyncio.to_thread(self._sinks["sink-clickhouse"].wait_caught_up, _CATCH_UP_S)
+        answer = await asyncio.to_thread(answer_query, self._workbench.clickhouse(), sql)
+        return {**answer, "caught_up": caught_up}
+
+    async def _catch_up(self, request: Mapping[str, Any]) -> bool:
+        return await asyncio.to_thread(self.wait_caught_up, float(request.get("timeout", _CATCH_UP_S)))
+
+    def wait_caught_up(self, timeout: float = _CATCH_UP_S) -> bool:
+        """Wait until the stores have all that is in the log now; whether they came so far in ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        return all(runner.wait_caught_up(deadline - time.monotonic()) for runner in self._sinks.values())
+
+    async def stop(self) -> None:
+        """Stop all parts, the last started first. What agents have not finished is done after the next start."""
+        if self._control is not None:
+            await self._control.stop()
+        if self._agents is not None:
+            self._agents.stop()
+        work = [task for task in self._background if task.get_name() != "the broker"]
+        if work:
+            await asyncio.wait(work, timeout=30)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        stopped = await asyncio.gather(
+            *(asyncio.to_thread(runner.stop) for runner in self._sinks.values()), return_exceptions=True
+        )
+        for error in stopped:
+            if error is not None:
+                _LOGGER.error("a sink did not stop cleanly: %s", error)
+        await asyncio.to_thread(self._workbench.close)
+        if self._broker is not None:
+            await asyncio.to_thread(self._broker.stop)
+        self._lock.release()
+
+
+class FolderLock:
+    """One system a data folder: an flock that the kernel frees however this process ends."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take it.
+
+        Raises:
+            AlreadyRunningError: another process has it; the message says which.
+            ControlError: the folder can't be written.
+        """
+        path = self._data_dir / "magnatronic.lock"
+        try:
+            self._data_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ControlError(f"the data folder {self._data_dir} can't be used: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise AlreadyRunningError(
+                f"a Magnatronic runs on {self._data_dir} already (process {owner or 'unknown'}); "
+                "use it, stop it, or give another --data-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self._descriptor = descriptor
+
+    def check(self) -> None:
+        """Raise what :meth:`acquire` would, and leave it free."""
+        self.acquire()
+        self.release()
+
+    def release(self) -> None:
+        """Free it, if held."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class RunningSystem:
+    """A system on an event loop in a thread of its own, for programs that are no asyncio ones, such as the demo.
+
+    ``with RunningSystem(settings) as system: ...``; :attr:`info` says where it is.
+    """
+
+    def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] = lambda _: None) -> None:
+        self._system = System(settings, on_progress=on_progress)
+        self._thread = threading.Thread(target=self._run, name="system", daemon=True)
+        self._up = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._error: BaseException | None = None
+        self._info: SystemInfo | None = None
+
+    @property
+    def info(self) -> SystemInfo:
+        """Where its parts are."""
+        assert self._info is not None
+        return self._info
+
+    @property
+    def kafka(self) -> dict[str, Any]:
+        """Client settings for its Kafka."""
+        return self._system.kafka
+
+    def check(self) -> None:
+        """Raise what made a part fail, if one did."""
+        failure = self._system.failure
+        if failure is not None and failure.done():
+            raise failure.result()
+
+    def __enter__(self) -> Self:
+        """Starts it; raises what :meth:`System.start` does."""
+        self._thread.start()
+        self._up.wait()
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops it."""
+        if self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            try:
+                runner.run(self._main())
+            except BaseException as error:  # handed to the thread that waits in __enter__
+                self._error = error
+            finally:
+                self._up.set()
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._info = await self._system.start()
+        self._up.set()
+        try:
+            await self._stop.wait()
+        finally:
+            await self._system.stop()
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop that agents run on."""
+    import uvloop
+
+    return uvloop.new_event_loop()
