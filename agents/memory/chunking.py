@@ -27,6 +27,9 @@ _CONTEXT_TOKENS: Final = 40
 _OVERLAP_TOKENS: Final = 40
 """The longest sentence that is repeated at the start of the next chunk."""
 
+_CHARACTERS_A_TOKEN: Final = 16
+"""The model knows no word of over 100 letters: a megabyte of base64 is one token to it, but is no chunk."""
+
 _SEPARATOR: Final = " > "
 
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -72,7 +75,7 @@ class Chunker:
     def __init__(self, count: CountTokens, *, target: int = 200, limit: int = 256) -> None:
         if not _CONTEXT_TOKENS * 2 <= target <= limit:
             raise ValueError(f"need {_CONTEXT_TOKENS * 2} <= target <= limit, not {target} and {limit}")
-        self._count = count
+        self._tokens = count
         self._target = target
         self._limit = limit
 
@@ -88,11 +91,15 @@ class Chunker:
                 chunks.append(Chunk(len(chunks), _SEPARATOR.join(path), joined, context, tokens))
         return chunks
 
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        counts = self._tokens(texts) if texts else []
+        return [max(tokens, len(text) // _CHARACTERS_A_TOKEN) for text, tokens in zip(texts, counts, strict=True)]
+
     def _context(self, title: str, path: tuple[str, ...]) -> tuple[str, int]:
         """Title and headings in one line, the outermost cut first, and its tokens."""
         names = [" ".join(name.split()) for name in (title, *path)]
         names = [name for place, name in enumerate(names) if name and name not in names[:place]]
-        counts = self._count([f"{name} >" for name in names]) if names else []
+        counts = self._count([f"{name} >" for name in names])
         while names and sum(counts) > _CONTEXT_TOKENS:
             # The innermost heading says most of the chunk, the title what it belongs to: cut between them.
             victim = 1 if len(names) > 2 else 0

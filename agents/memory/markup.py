@@ -81,8 +81,9 @@ class _Builder:
     def end_paragraph(self) -> None:
         if self._paragraph:
             lines, self._paragraph = self._paragraph, []
-            text = self.clean(self.joiner.join(lines))
-            text = " ".join(text.split())
+            # Before too: patterns with white space in them take quadratic time over long runs of it.
+            text = " ".join(self.joiner.join(lines).split())
+            text = " ".join(self.clean(text).split())
             if _WORD.search(text):
                 self.blocks.append(Block(self._names, Kind.PROSE, text))
 
@@ -112,7 +113,6 @@ def _dedent(lines: list[str]) -> str:
     return "\n".join(line[margin:].rstrip() for line in lines).strip("\n")
 
 
-_COMMENT: Final = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _CODE_SPAN: Final = re.compile(r"(`{1,3})([^`\n]+(?:\n[^`\n]+)?)\1")
 _MD_IMAGE: Final = re.compile(
     r"!\[[^\[\]]{0,500}\](?:\([^()\s]{0,2000}(?:\s+\"[^\"]{0,300}\")?\s*\)|\[[^\[\]]{0,200}\])?"
@@ -207,11 +207,13 @@ class _Markdown(_Builder):
             self.heading(len(heading[1]), _clean_markdown(heading[2] or ""))
             return at + 1
         if heading := _HTML_HEADING.match(line):
+            self._in_list = False
             self.heading(int(heading[1]), _clean_markdown(heading[2]))
             return at + 1
         if self.in_paragraph() and (under := _SETEXT.match(line)):
             *rest, title = self._paragraph
             self._paragraph = rest
+            self._in_list = False
             self.heading(1 if under[1][0] == "=" else 2, _clean_markdown(title))
             return at + 1
         if _RULE.match(line):
@@ -220,6 +222,7 @@ class _Markdown(_Builder):
         if _MD_DEFINITION.match(line) and not self.in_paragraph():
             return at + 1
         if "|" in line and at + 1 < len(self._lines) and _TABLE_RULE.match(self._lines[at + 1]):
+            self._in_list = False
             return self._table(at)
         if item := _ITEM.match(line):
             self.end_paragraph()
@@ -597,5 +600,7 @@ class _Html(HTMLParser):
 
 def _html(text: str) -> list[Block]:
     parser = _Html()
-    parser.feed(text)
+    # The standard parser takes quadratic time over tags that never end.
+    whole, end, rest = text.rpartition(">")
+    parser.feed(whole + end + rest.replace("<", "&lt;"))
     return parser.finish()
