@@ -11,6 +11,7 @@ from agents.providers.prompt import Prompt
 from agents.providers.vendor import Completion, VendorModel, malformed, status_failure
 
 if TYPE_CHECKING:
+    import httpx
     from google.genai import Client
 
 __all__ = ["GoogleModel"]
@@ -23,11 +24,17 @@ class GoogleModel(VendorModel):
     default_model: ClassVar[str] = "gemini-3.6-flash"
 
     _client: "Client | None" = None
+    _http: "httpx.AsyncClient | None" = None
 
     async def _call(self, model: str, prompt: Prompt, request: LlmRequest) -> Completion:
         from google.genai import Client, types
 
         if self._client is None:
+            import httpx
+
+            # Given a client, the SDK does not look around for one: with aiohttp installed it would take that, whose
+            # retries it can't be talked out of.
+            self._http = httpx.AsyncClient(timeout=self._timeout_s)
             self._client = Client(
                 api_key=self._api_key,
                 vertexai=False,
@@ -35,6 +42,7 @@ class GoogleModel(VendorModel):
                     base_url=self._base_url or None,
                     timeout=int(self._timeout_s * 1000),
                     retry_options=types.HttpRetryOptions(attempts=1),
+                    httpx_async_client=self._http,
                 ),
             )
         response = await self._client.aio.models.generate_content(
@@ -71,21 +79,22 @@ class GoogleModel(VendorModel):
         )
 
     def _failure(self, error: Exception) -> EffectFailedError:
+        import httpx
         from google.genai import errors
 
         if isinstance(error, errors.APIError):
             return status_failure(self.name, error.code or 0, error.message or str(error))
-        # The SDK lets its transport's errors through, and which transport it takes depends on what is installed.
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if any("Timeout" in kind for kind in kinds):
-            return EffectFailedError("Timeout", f"{self.name}: {error}", retryable=True)
-        if kinds & {"TransportError", "ClientConnectionError", "ClientError", "OSError"}:
-            return EffectFailedError("ConnectionFailed", f"{self.name}: {error}", retryable=True)
+        if isinstance(error, httpx.TimeoutException):
+            return EffectFailedError("Timeout", f"{self.name}: {error!r}", retryable=True)
+        if isinstance(error, httpx.TransportError):
+            return EffectFailedError("ConnectionFailed", f"{self.name}: {error!r}", retryable=True)
         return malformed(self.name, f"{type(error).__name__}: {error}")
 
     async def aclose(self) -> None:
         """Close the connections."""
         client, self._client = self._client, None
+        http, self._http = self._http, None
         if client is not None:
-            await client.aio.aclose()
             client.close()
+        if http is not None:
+            await http.aclose()
