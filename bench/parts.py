@@ -64,9 +64,14 @@ def _clickhouse(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return sinks.measure_clickhouse(bootstrap_servers, tasks=scale.events, rows=scale.rows, rounds=scale.rounds)
 
 
+def _milvus(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return sinks.measure_milvus(bootstrap_servers, chunks=scale.chunks, rounds=scale.rounds)
+
+
 PARTS: tuple[Part, ...] = (
     Part("codec", False, _codec),
     Part("step", True, _step),
     Part("latency", True, _latency),
     Part("clickhouse", True, _clickhouse),
+    Part("milvus", True, _milvus),
 )

@@ -1,6 +1,6 @@
 """The sinks' rates, beside their stores' raw clients on the same rows.
 
-In: a broker whose topic of tasks is filled, and folders. Out: rows/s of the raw client (rows ready-made, one insert a
+In: a broker whose topic of tasks is filled. Out: rows/s of the raw client (rows ready-made, one insert a
 batch), of the sink's ``write`` (events to rows, insert, offsets) and of the sink fed from Kafka by its runner (read,
 decode, write), and the ratios. Rounds are interleaved. Stored rows are counted at the end.
 """
@@ -8,30 +8,43 @@ decode, write), and the ratios. Rounds are interleaved. Stored rows are counted 
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import clickhouse_connect
+from pymilvus import DataType, MilvusClient
 
 from bench.figures import Figure, ratio
-from bench.samples import record_of, step_completed, submission
+from bench.kafka import make_topics, produce
+from bench.samples import DIMENSIONS, chunk, metadata_for, record_of, step_completed, submission
 from schemas.codec import Codec
-from schemas.events import Event
+from schemas.events import ChunkEmbedded, Event
+from schemas.metadata import Envelope
 from schemas.topics import topic_name
 from sinks.clickhouse import ClickHouse, ClickHouseSink
 from sinks.clickhouse.rows import to_table
+from sinks.milvus.sink import MilvusSink
+from sinks.milvus.store import MilvusStore, document_key
 from sinks.runner import SinkRunner
 from sinks.sink import Sink, SinkRecord
 
-__all__ = ["measure_clickhouse"]
+__all__ = ["measure_clickhouse", "measure_milvus"]
 
 CLICKHOUSE: Final = "ClickHouse sink"
+MILVUS: Final = "Milvus sink"
+EMBEDDINGS: Final = "embeddings"
 BATCH: Final = 5_000
+FLUSH: Final = 1_000
+"""Rows between two flushes of Milvus Lite, in the sink and beside it."""
 
 
 def sink_records(codec: Codec, events: Sequence[Event], first_offset: int) -> list[SinkRecord]:
-    """``events`` as a sink gets them, at consecutive offsets of partition 0."""
-    records = [record_of(codec, event, first_offset + number) for number, event in enumerate(events)]
+    """``events`` as a sink gets them, at consecutive offsets of partition 0 of a topic that is not in Kafka."""
+    records = [
+        replace(record_of(codec, event, first_offset + number), topic="bench.direct")
+        for number, event in enumerate(events)
+    ]
     return [SinkRecord(record, codec.decode(record)) for record in records]
 
 
@@ -110,3 +123,71 @@ def measure_clickhouse(bootstrap_servers: str, *, tasks: int, rows: int, rounds:
         Figure(CLICKHOUSE, "sink, from Kafka", "rows/s", (from_log,), "read, decode, write"),
         ratio(CLICKHOUSE, "sink / raw client", sink_rates, raw_rates, "more is better"),
     ]
+
+
+def measure_milvus(bootstrap_servers: str, *, chunks: int, rounds: int) -> list[Figure]:
+    """Figures of the Milvus sink: ``chunks`` chunks a round, each with a vector of 384 floats.
+
+    Raises:
+        RuntimeError: rows are missing from the store.
+    """
+    codec = Codec()
+    make_topics(bootstrap_servers, [EMBEDDINGS], 4)
+    in_log = [chunk(number) for number in range(chunks)]
+    produce(bootstrap_servers, EMBEDDINGS, [Envelope(event, metadata_for(event)) for event in in_log])
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        raw = MilvusClient(str(Path(folder) / "raw.db"))
+        _create_raw(raw)
+        store = MilvusStore(Path(folder) / "sink.db", flush_rows=FLUSH)
+        store.open()
+        sink = MilvusSink(store)
+        sink.open()
+        sink_rates, raw_rates = [], []
+        for number in range(1, rounds + 1):
+            events = [chunk(number * chunks + place) for place in range(chunks)]
+            raw_rates.append(_upsert_raw(raw, events))
+            sink_rates.append(write_all(sink, sink_records(codec, events, number * chunks), FLUSH))
+        raw.close()
+        sink.close()
+        from_log = from_kafka(sink, bootstrap_servers, "bench-milvus", chunks)
+        (collection,) = store.collections()
+        stored, written = store.count(collection), chunks * (rounds + 1)
+        store.close()
+        if stored != written:
+            raise RuntimeError(f"Milvus holds {stored} chunks, {written} were written")
+    return [
+        Figure(MILVUS, "raw client, upsert", "rows/s", tuple(raw_rates), f"{FLUSH:,} a call, then a flush"),
+        Figure(MILVUS, "sink, events to rows", "rows/s", tuple(sink_rates), "with offsets and flushes"),
+        Figure(MILVUS, "sink, from Kafka", "rows/s", (from_log,), "read, decode, write"),
+        ratio(MILVUS, "sink / raw client", sink_rates, raw_rates, "more is better"),
+    ]
+
+
+def _create_raw(client: Any) -> None:
+    """A collection like the sink's own."""
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field("chunk_id", DataType.VARCHAR, is_primary=True, max_length=64)
+    schema.add_field("document_key", DataType.VARCHAR, max_length=64)
+    schema.add_field("ordinal", DataType.INT64)
+    for name in ("document_id", "title", "heading", "source", "text"):
+        schema.add_field(name, DataType.VARCHAR, max_length=65_535)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=DIMENSIONS)
+    index = client.prepare_index_params()
+    index.add_index("vector", index_type="FLAT", metric_type="COSINE")
+    index.add_index("document_key", index_type="INVERTED")
+    client.create_collection("raw", schema=schema, index_params=index)
+    client.load_collection("raw")
+
+
+def _upsert_raw(client: Any, events: Sequence[ChunkEmbedded]) -> float:
+    """Rows/s of upserts of ready-made rows."""
+    fields = ("chunk_id", "ordinal", "document_id", "title", "heading", "source", "text", "vector")
+    rows = [
+        {name: getattr(event, name) for name in fields} | {"document_key": document_key(event.document_id)}
+        for event in events
+    ]
+    start = time.perf_counter()
+    for first in range(0, len(rows), FLUSH):
+        client.upsert("raw", rows[first : first + FLUSH])
+        client.flush("raw")
+    return len(rows) / (time.perf_counter() - start)
