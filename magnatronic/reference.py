@@ -1,0 +1,60 @@
+"""Reference tables made from the code: topics and settings, as Markdown. The README holds them; a test keeps it so.
+
+``python -m magnatronic.reference`` rewrites the tables in README.md between their markers.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+from magnatronic.settings import ENV_PREFIX, Settings
+from schemas.topics import FOREVER, TOPICS, Topic
+
+__all__ = ["TABLES", "render", "settings_table", "topics_table"]
+
+README: Final = Path(__file__).parent.parent / "README.md"
+_DAY_MS: Final = 24 * 3600 * 1000
+
+
+def topics_table() -> str:
+    """One row a topic: name, key, events, retention and purpose."""
+    rows = ["| topic | key | events | kept | what it is for |", "| --- | --- | --- | --- | --- |"]
+    for topic in TOPICS:
+        events = ", ".join(event.__name__ for event in topic.events)
+        kept = "forever" if topic.retention_ms == FOREVER else f"{topic.retention_ms // _DAY_MS} days"
+        rows.append(f"| `{_pattern(topic)}` | {topic.key} | {events} | {kept} | {topic.purpose} |")
+    return "\n".join(rows)
+
+
+def _pattern(topic: Topic) -> str:
+    return topic.name + (".<capability>" if topic.per_capability else "") + (".<priority>" if topic.prioritized else "")
+
+
+def settings_table() -> str:
+    """One row a setting: environment variable, default and meaning."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=False)
+        shown = "" if default is None or field.default_factory is not None else f"`{default}`"
+        rows.append(f"| `{ENV_PREFIX}{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(rows)
+
+
+TABLES: Final = {"topics": topics_table, "settings": settings_table}
+
+
+def render(text: str) -> str:
+    """``text`` with every ``<!-- table: NAME -->`` ... ``<!-- end -->`` section filled anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    before = README.read_text()
+    after = render(before)
+    README.write_text(after)
+    sys.stdout.write("README.md is up to date\n" if before == after else "README.md was rewritten\n")
