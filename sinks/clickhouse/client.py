@@ -8,6 +8,7 @@ process per folder; its queries release the interpreter lock and run beside inse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -52,7 +53,13 @@ _TIMEOUTS: Final = frozenset({159, 160, 209})
 _CODE_PREFIX: Final = re.compile(r"^(Code: \d+\.\s*)?(DB::Exception:\s*)?(default:\s*)?")
 _READS: Final = ("SELECT", "WITH", "SHOW", "DESCRIBE", "EXPLAIN", "EXISTS")
 _QUOTED: Final = re.compile(r"'(?:[^'\\]|\\.|'')*'|`(?:[^`\\]|\\.)*`|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
-_REACHES_OUT: Final = re.compile(r"\bINTO OUTFILE\b|\bfile\s*\(")
+_HARMLESS: Final = frozenset(
+    {
+        *("numbers", "numbers_mt", "zeros", "zeros_mt", "primes", "generateSeries", "generate_series"),
+        *("generateRandom", "values", "SQLStandardValues", "null", "view", "viewExplain"),
+    }
+)
+"""Table functions that read nothing but what the query itself says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,20 +242,29 @@ class ClickHouse:
         return QueryResult(names, kinds, rows, truncated=len(result.result_rows) > self._max_rows)
 
     def _checked(self, sql: str) -> str:
-        """``sql`` as the engine's parser writes it, unless it is more than a read.
+        """``sql`` as the engine's parser writes it, unless it is more than a read of this database.
 
-        The engine's read-only mode refuses writes but lets ``INTO OUTFILE`` and the function ``file`` through. The
-        rewritten text has no comments and one way of quoting, so nothing hides in it, and it is what is run.
+        The engine's read-only mode refuses writes, but lets through ``INTO OUTFILE``, the function ``file`` and, in
+        chdb 4.4, some table functions that reach other stores (``s3``, ``python``). The rewritten text has no comments
+        and one way of quoting, so nothing hides in it, and it is what is run.
         """
         formatted = str(self._writer.query("SELECT formatQuery({q:String})", parameters={"q": sql}).result_rows[0][0])
         bare = _QUOTED.sub("''", formatted)
         if not bare.lstrip("( \n").startswith(_READS):
             raise WriteRefusedError(f"only reads are allowed, not {bare.split(maxsplit=1)[0]}")
-        if found := _REACHES_OUT.search(bare):
-            raise WriteRefusedError(f"a query may not touch files of this machine ({found[0].rstrip('( ')})")
+        if found := self._reaches_out.search(bare):
+            raise WriteRefusedError(f"a query may read this database only, so not {found[0].rstrip('( ')}")
         if re.search(r"\nFORMAT \w+\s*$", bare):
             raise QueryError("leave the FORMAT clause out; the result is a table already")
         return formatted
+
+    @cached_property
+    def _reaches_out(self) -> re.Pattern[str]:
+        """What reads or writes outside the database, by this engine's own list of table functions."""
+        names = {name for (name,) in self.read("SELECT name FROM system.table_functions")}
+        scalars = {name for (name,) in self.read("SELECT name FROM system.functions")}
+        outside = sorted((names - _HARMLESS - scalars) | {"file"})
+        return re.compile(rf"\bINTO OUTFILE\b|\b(?:{'|'.join(map(re.escape, outside))})\s*\(", re.IGNORECASE)
 
     def close(self) -> None:
         """Let go of the engine or the connections. Closing twice does no harm."""

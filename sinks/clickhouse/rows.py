@@ -80,9 +80,8 @@ def _header(headers: Sequence[Header], name: str) -> str:
     return ""
 
 
-def _agent(event: Event, source: str) -> str:
+def _agent(named: object, source: str) -> str:
     """The agent that an event is of: the one it names, else its source's."""
-    named = getattr(event, "agent", "")
     if isinstance(named, str) and named:
         return named
     return source[len(_AGENTS) :].partition("@")[0] if source.startswith(_AGENTS) else ""
@@ -113,6 +112,8 @@ def _row(item: SinkRecord) -> tuple[Any, ...]:
         schema = _header(record.headers, "ce_dataschema")
         return (*place, "", "", "", "", _EPOCH, "", "", "", schema, "", "", "", "", item.error, value or b"", size)
     event, metadata = envelope.event, envelope.metadata
+    # pydantic answers getattr() for a field that a model lacks slowly.
+    fields = event.__dict__
     return (
         record.topic,
         record.partition,
@@ -128,9 +129,9 @@ def _row(item: SinkRecord) -> tuple[Any, ...]:
         metadata.correlation_id,
         metadata.traceparent,
         _header(record.headers, "ce_dataschema"),
-        getattr(event, "task_id", ""),
-        getattr(event, "step_id", None) or "",
-        _agent(event, metadata.source),
+        fields.get("task_id", ""),
+        fields.get("step_id") or "",
+        _agent(fields.get("agent"), metadata.source),
         payload_json(event),
         "",
         b"",

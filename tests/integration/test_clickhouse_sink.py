@@ -1,7 +1,6 @@
 """The ClickHouse sink on a real Kafka: what is committed arrives, once, whatever dies on the way."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,9 +33,7 @@ def encoded(task: str, *, size: int = 0) -> dict[str, Any]:
     return {"key": task.encode(), "value": made.value, "headers": made.headers}
 
 
-def _now() -> Any:
-    from datetime import UTC, datetime
-
+def _now() -> datetime:
     return datetime.now(UTC)
 
 
@@ -188,7 +186,7 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(kafka: Any, tmp_pat
     stop = threading.Event()
 
     def feed() -> None:
-        for turn in range(150):
+        for turn in range(80):
             tasks = [f"{turn}-{n}" for n in range(100)]
             produce(producer, topic, tasks, partitions=partitions, commit=turn % 5 != 3)
             if stop.is_set():
@@ -199,10 +197,10 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(kafka: Any, tmp_pat
     command = [sys.executable, "-c", SINK_PROCESS, str(folder), topic, f"{topic}-group", json.dumps(kafka.config)]
     killed_while_writing = 0
     try:
-        for _ in range(4):
+        for _ in range(3):
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
-                wanted = chance.randrange(1, 2_000)
+                wanted = chance.randrange(1, 1_500)
                 for line in process.stdout:
                     if int(line) >= wanted or (int(line) > 0 and not feeder.is_alive()):
                         killed_while_writing += 1
@@ -211,7 +209,7 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(kafka: Any, tmp_pat
     finally:
         stop.set()
         feeder.join(60)
-    assert killed_while_writing == 4
+    assert killed_while_writing == 3
     with ClickHouse(folder, max_rows=1_000_000) as clickhouse:
         runner = runner_for(kafka, ClickHouseSink(clickhouse, [topic]), group=f"{topic}-group")
         runner.start()
@@ -426,13 +424,12 @@ def test_no_cluster_is_an_error_that_callers_see(clickhouse: ClickHouse) -> None
         runner.stop()
 
 
-def test_the_sink_process_leaves_no_thread_behind(kafka: Any, clickhouse: ClickHouse) -> None:
+def test_a_stopped_runner_leaves_no_thread_behind(kafka: Any, clickhouse: ClickHouse) -> None:
     runner = runner_for(kafka, ClickHouseSink(clickhouse, [kafka.topic("tasks")]))
     runner.start()
     assert runner.wait_caught_up(30)
     runner.stop()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sink-")]
-    assert os.getpid()
     with pytest.raises(RuntimeError, match="started already"):
         runner.start()
 

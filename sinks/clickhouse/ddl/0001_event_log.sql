@@ -1,5 +1,5 @@
 -- Every record of every topic, a row each, keyed by its place in the log: a row written again replaces itself.
--- payload is the event as JSON in a String (docs/decisions/clickhouse-payload.md); raw keeps the bytes of a value that
+-- payload is the event as JSON in a String (docs/decisions/0004-payload-as-text.md); raw keeps the bytes of a value that
 -- does not decode, and error says why.
 CREATE TABLE IF NOT EXISTS event_log
 (
