@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from magnatronic.cli.options import Output, client_for, common_options
+from magnatronic.cli.options import Output, client_for, common_options, load_settings
 from magnatronic.errors import WaitTimeoutError, WrongInputError
 
 if TYPE_CHECKING:
@@ -160,7 +160,6 @@ def _ending(outcome: "Outcome") -> str:
 
 def print_answer(outcome: "Outcome", out: Output) -> None:
     """The answer, then where each marker points."""
-    from rich.padding import Padding
     from rich.text import Text
 
     from magnatronic.cli.describe import shorten
@@ -170,8 +169,8 @@ def print_answer(outcome: "Outcome", out: Output) -> None:
         out.console.print()
     for citation in outcome.citations:
         place = " › ".join(part for part in (citation.title, citation.heading) if part)
-        line = Text.assemble((f"[{citation.marker}] ", "bold"), shorten(place, 110), (f"  {citation.source}", "dim"))
-        out.console.print(Padding(line, (0, 0, 0, 2)))
+        line = (f"  [{citation.marker}] ", "bold"), shorten(place, 110), (f"  {citation.source}", "dim")
+        out.console.print(Text.assemble(*line))
 
 
 @click.command()
@@ -225,6 +224,7 @@ def ingest(paths: Sequence[Path], *, wait: bool, timeout: float, data_dir: Path 
 
     A file that was ingested before is replaced. Ends with 1 when a file was named and can't be read, or failed.
     """
+    from magnatronic.control import call
     from magnatronic.ingest import IngestReport, find_files, load_file
     from magnatronic.ingest import ingest as ingest_documents
 
@@ -236,6 +236,9 @@ def ingest(paths: Sequence[Path], *, wait: bool, timeout: float, data_dir: Path 
         ingest_documents(
             client, map(load_file, files), report=report, wait=wait, stall_timeout=timeout, on_progress=progress
         )
+    settings = load_settings(data_dir)
+    if wait and settings.embedded_kafka:
+        call(settings.data_dir, "catch_up")  # the index follows the log in a fraction of a second
     for skip in report.skipped:
         click.echo(f"skipped {skip.path}: {skip.reason}", err=True)
     for document, reason in report.failed.items():
