@@ -20,7 +20,7 @@ from agents.step import LaneState, StepResult, failure_of, run_failure, run_step
 from replay.errors import OpenTaskError, UnknownTaskError
 from replay.log import read_log
 from schemas.codec import Codec
-from schemas.events import Effect, TaskCancelled, TaskCompleted, TaskExpired, TaskFailed
+from schemas.events import Effect, Event, TaskCancelled, TaskCompleted, TaskExpired, TaskFailed
 from schemas.metadata import Envelope
 from schemas.record import Header, Record
 from schemas.topics import TOPICS, key_of, priority_of, topic_name
@@ -148,11 +148,17 @@ async def redecide(
     steps = []
     for record, envelope in _by_time(history):
         for agent in agents:
-            if type(envelope.event) in agent.consumes:
+            if _handles(agent, envelope.event):
                 lane = (agent.name, record.topic, record.partition, agent.lane(envelope.event))
                 step, states[lane] = await _redecide_step(agent, record, envelope, states.get(lane), recorded, codec)
                 steps.append(step)
     return ReplayReport(task_id, tuple(steps))
+
+
+def _handles(agent: Agent[Any], event: Event) -> bool:
+    """Whether ``event`` is one for ``agent``; workers see only the topics of their own capabilities."""
+    mine = not agent.capabilities or getattr(event, "capability", None) in agent.capabilities
+    return type(event) in agent.consumes and mine
 
 
 def _by_time(history: Sequence[tuple[Record, Envelope]]) -> list[tuple[Record, Envelope]]:
