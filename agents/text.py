@@ -9,6 +9,7 @@ import html
 import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import Final
 
 __all__ = [
@@ -32,6 +33,9 @@ _FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ADMONITION = re.compile(r"\[!(?:NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\s*", re.IGNORECASE)
 _CODE_HTML = re.compile(r"<(pre|script|style|svg)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
+_INLINE_TAG = re.compile(
+    r"</?(?:a|abbr|b|code|em|font|i|img|kbd|s|small|span|strong|sub|sup|u)\b[^<>]*>", re.IGNORECASE
+)
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 _IMAGE = re.compile(r"!\[[^\]]*\](\([^()]*(?:\([^()]*\)[^()]*)*\)|\[[^\]]*\])")
 _EMPTY_LINK = re.compile(r"\[\s*\](\([^()]*\)|\[[^\]]*\])")
@@ -42,7 +46,7 @@ _RST_DIRECTIVE = re.compile(r"^([ \t]*)\.\.(?:[ \t]+\S.*)?(?:\n(?:\1[ \t]+\S.*|[
 _RST_ROLE = re.compile(r":[a-zA-Z:+.-]+:`([^`<]+?)\s*(?:<[^`>]*>)?`")
 _RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]+>`_{1,2}")
 _RST_SUBSTITUTION = re.compile(r"\|[\w .-]+\|_{0,2}")
-_EMPHASIS = re.compile(r"(\*{1,3}|(?<!\w)_{1,3})(?=\S)(.+?)(?<=\S)(\1)(?!\w)")
+_EMPHASIS = re.compile(r"(\*{1,3}|(?<!\w)_{1,3})(?=\S)(.{1,200}?)(?<=\S)(\1)(?!\w)")
 _URL = re.compile(r"<?\bhttps?://[^\s<>)\]]+>?")
 _TICKS = re.compile(r"`+([^`]*)`+_{0,2}")
 _RULE = re.compile(r"^\s*([-=~^\"'`#*+:._]\s?)\1{2,}\s*$")
@@ -167,7 +171,7 @@ def _unmarked(text: str) -> str:
     text = _ADMONITION.sub("", _COMMENT.sub(" ", text))
     text = _FENCE.sub("\n", text)
     if "<" in text:
-        text = _TAG.sub(" ", _CODE_HTML.sub("\n", text))
+        text = _TAG.sub(" ", _INLINE_TAG.sub("", _CODE_HTML.sub("\n", text)))
     if "![" in text or "[" in text:
         text = _FOOTNOTE.sub("", _LINK_TARGET.sub("", _IMAGE.sub("", text)))
         text = _EMPTY_LINK.sub("", _LINK.sub(r"\1", text))
@@ -210,11 +214,12 @@ def _blocks(text: str) -> list[str]:
 
     def end_list() -> None:
         nonlocal introduced
-        short = all(len(item.split()) <= _SHORT_ITEM for item in items)
-        if introduced and short and 0 < len(items) <= _LIST_ITEMS:
-            blocks[-1] = f"{blocks[-1]} {', '.join(item.rstrip('.,;') for item in items)}."
-        else:
-            blocks.extend(items)
+        short = (
+            list(takewhile(lambda item: len(item.split()) <= _SHORT_ITEM, items[:_LIST_ITEMS])) if introduced else []
+        )
+        if short:
+            blocks[-1] = f"{blocks[-1]} {', '.join(item.rstrip('.,;') for item in short)}."
+        blocks.extend(items[len(short) :])
         items.clear()
         introduced = False
 

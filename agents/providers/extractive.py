@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import orjson
@@ -90,10 +91,35 @@ _TASK_WORDS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class _Traits:
+    """What a sentence is like, whatever is asked: ``weight`` for all that makes it worth less, ``defines`` the words
+    of the thing that it says something of in the way of "X is a ..."."""
+
+    words: frozenset[str]
+    weight: float
+    defines: frozenset[str]
+
+
+@lru_cache(maxsize=32_768)
+def _traits(text: str) -> _Traits:
+    words = frozenset(content_words(text))
+    weight = 1 / (1 + 0.02 * max(0, len(words) - 20))
+    if _POINTS_BACK.match(text):
+        weight *= _DANGLING
+    if _ABOUT_PROJECT.search(text):
+        weight *= _ASIDE
+    if len(words) < 4:
+        weight *= 0.7
+    match = _IS_A.match(text)
+    return _Traits(words, weight, frozenset(content_words(match["name"])) if match else frozenset())
+
+
+@dataclass(frozen=True, slots=True)
 class _Candidate:
     passage: int
     place: int
     text: str
+    traits: "_Traits"
     words: frozenset[str]
     title: frozenset[str]
     name: frozenset[str]
@@ -152,7 +178,8 @@ def _candidates(passages: Sequence[Passage]) -> list[_Candidate]:
         for place, text in enumerate(sentences(passage.text)):
             if text not in seen and not text.endswith("?"):
                 seen.add(text)
-                found.append(_Candidate(number, place, text, frozenset(content_words(text)), title, name))
+                traits = _traits(text)
+                found.append(_Candidate(number, place, text, traits, traits.words, title, name))
     return found
 
 
@@ -168,7 +195,8 @@ def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], questio
     named = any(_is_named(item, weights) for item in candidates)
     if not named and not _any_passage_covers(candidates, weights):
         return []
-    defines = bool(_DEFINITION.search(question)) or not _TASK_WORDS.isdisjoint(content_words(question))
+    compares = not _TASK_WORDS.isdisjoint(content_words(question))
+    defines = compares or bool(_DEFINITION.search(question))
     base = [_score(item, weights, defines=defines, named=named) for item in candidates]
     chosen: list[_Candidate] = []
     covered: set[str] = set()
@@ -184,7 +212,7 @@ def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], questio
         item = candidates[best]
         left.discard(best)
         if not chosen:
-            if _share(item, weights) < _FOUND_SENTENCE * total:
+            if _share(item, weights) < _FOUND_SENTENCE * total and not (compares and named):
                 return []
             first = gains[best]
         elif gains[best] < _WORTH * first:
@@ -217,31 +245,28 @@ def _any_passage_covers(candidates: Sequence[_Candidate], weights: dict[str, flo
 
 def _share(item: _Candidate, weights: dict[str, float]) -> float:
     """The weight of the asked words in the sentence; what only its title says, it is about, and that counts half."""
-    return sum(
-        weight if word in item.words else 0.5 * weight
-        for word, weight in weights.items()
-        if word in item.words or word in item.title
-    )
+    share = 0.0
+    for word, weight in weights.items():
+        if word in item.words:
+            share += weight
+        elif word in item.title:
+            share += 0.5 * weight
+    return share
 
 
 def _score(item: _Candidate, weights: dict[str, float], *, defines: bool, named: bool) -> float:
     score = _share(item, weights)
     if not score:
         return 0.0
-    score *= _RANK_DECAY**item.passage / (1 + 0.02 * max(0, len(item.words) - 20))
+    score *= item.traits.weight * _RANK_DECAY**item.passage
     if named and not _is_named(item, weights):
         score *= _ELSEWHERE
     if defines:
-        match = _IS_A.match(item.text)
-        if match and weights.keys() & content_words(match["name"]):
+        if not item.traits.defines.isdisjoint(weights):
             score *= _DEFINES
-        if item.place < 2 and item.title & weights.keys():
+        if item.place < 2 and not item.title.isdisjoint(weights):
             score *= _INTRODUCTION if item.title == item.name else _LEAD
-    if _POINTS_BACK.match(item.text):
-        score *= _DANGLING
-    if _ABOUT_PROJECT.search(item.text):
-        score *= _ASIDE
-    return score * (0.7 if len(item.words) < 4 else 1.0)
+    return score
 
 
 def _news(item: _Candidate, weights: dict[str, float], covered: set[str]) -> float:
