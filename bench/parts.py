@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, latency, sinks, step
+from bench import codec, latency, pipeline, sinks, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -68,10 +68,15 @@ def _milvus(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return sinks.measure_milvus(bootstrap_servers, chunks=scale.chunks, rounds=scale.rounds)
 
 
+def _pipeline(_: str, scale: Scale) -> list[Figure]:
+    return pipeline.measure(tasks=scale.tasks, rounds=scale.rounds, log=_log)
+
+
 PARTS: tuple[Part, ...] = (
     Part("codec", False, _codec),
     Part("step", True, _step),
     Part("latency", True, _latency),
     Part("clickhouse", True, _clickhouse),
     Part("milvus", True, _milvus),
+    Part("pipeline", False, _pipeline),
 )

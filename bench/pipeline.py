@@ -1,0 +1,238 @@
+"""The whole pipeline: tasks/s from TaskSubmitted to TaskCompleted, with every agent and sink at work in one process.
+
+In: nothing; an embedded system is started on a folder of its own, and the READMEs of installed packages are ingested.
+Out: tasks/s when all tasks come at once, the latency of tasks then and of tasks one by one, events and CPU seconds a
+task, and who used the CPU. The load comes from another process. Answers come from the extractive provider.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Final
+
+import orjson
+import psutil
+from confluent_kafka.admin import AdminClient
+
+from bench.figures import Figure, percentile
+from bench.kafka import read_between, stable_offsets
+from bench.workers.load_worker import Load, Timing
+from magnatronic.client import Client
+from magnatronic.control import call
+from magnatronic.ingest import ingest
+from magnatronic.settings import Settings
+from magnatronic.system import RunningSystem
+from schemas.events import DocumentSubmitted
+from schemas.topics import all_topics
+
+__all__ = ["measure"]
+
+PART: Final = "pipeline"
+PARTITIONS: Final = 4
+_ROOT: Final = Path(__file__).resolve().parent.parent
+_DOCUMENTS: Final = 40
+_CHARACTERS: Final = 6_000
+_BUDGET_S: Final = 60.0
+_CATCH_UP_S: Final = 120.0
+_TEMPLATES: Final = (
+    "What is {0}?",
+    "What does {0} do?",
+    "How do I install {0}?",
+    "How do I use {0}?",
+    "Which Python versions does {0} support?",
+    "What is the license of {0}?",
+    "Who maintains {0}?",
+    "Is {0} thread safe?",
+    "What are the features of {0}?",
+    "How can I contribute to {0}?",
+    "What is {0}, and what is {1}?",
+)
+
+
+def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figure]:
+    """Figures over up to ``rounds`` rounds of ``tasks`` tasks (further rounds only within a minute).
+
+    Raises:
+        RuntimeError: a task was not completed, or had two outcomes.
+    """
+    documents = list(_corpus())
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        data_dir = Path(folder) / "data"
+        with RunningSystem(Settings.load(data_dir=data_dir, partitions=PARTITIONS)) as system:
+            servers = system.info.bootstrap_servers
+            with Client(servers, name="bench") as client:
+                ingested = ingest(client, documents)
+            log(f"{ingested.indexed} documents, {ingested.chunks} chunks in {ingested.seconds:.1f} s")
+            _drive(Load(servers, PARTITIONS, "warm-up", _questions(documents, max(20, tasks // 10), 1)))
+            alone = _drive(Load(servers, PARTITIONS, "alone", _questions(documents, 20, 2), one_by_one=True))
+            meter = _Meter(system.info.broker_pid)
+            timings: list[Timing] = []
+            caught_up: list[float] = []
+            before = _ends(servers)
+            began = time.monotonic()
+            while len(timings) < rounds and (not timings or time.monotonic() - began < _BUDGET_S):
+                meter.start()
+                timing = _drive(Load(servers, PARTITIONS, f"round-{len(timings)}", _questions(documents, tasks, 3)))
+                meter.stop()
+                start = time.monotonic()
+                if not call(data_dir, "catch_up", timeout=_CATCH_UP_S):
+                    raise RuntimeError("the sinks did not catch up in time")
+                caught_up.append(time.monotonic() - start)
+                timings.append(timing)
+                log(f"{tasks / timing.seconds:.0f} tasks/s, {timing.completed} of {tasks} completed")
+            events = _count_events(servers, before)
+            system.check()
+    return _figures(tasks, timings, alone, caught_up, events, meter)
+
+
+def _corpus() -> Iterator[DocumentSubmitted]:
+    """The long descriptions of installed distributions, cut to a few pages each; in order of their names."""
+    found: dict[str, str] = {}
+    for dist in distributions():
+        # The text is the body of METADATA, after the first empty line, as in a mail.
+        text = (dist.read_text("METADATA") or "").partition("\n\n")[2]
+        if len(text) > 1_500:
+            found[dist.metadata["Name"]] = text
+    for name in sorted(found, key=str.lower)[:_DOCUMENTS]:
+        yield DocumentSubmitted(
+            document_id=f"bench/{name}",
+            title=name,
+            text=found[name][:_CHARACTERS],
+            media_type="text/markdown",
+            source=f"bench/{name}/README.md",
+        )
+
+
+def _questions(documents: list[DocumentSubmitted], count: int, salt: int) -> list[str]:
+    """``count`` questions about the documents; one in eleven is compound. ``salt`` picks where they begin."""
+    names = [document.title for document in documents]
+    questions = []
+    for number in range(count):
+        place = number + salt * 7
+        template = _TEMPLATES[place % len(_TEMPLATES)]
+        first, second = names[place // len(_TEMPLATES) % len(names)], names[(place * 5 + 3) % len(names)]
+        questions.append(template.format(first, second))
+    return questions
+
+
+def _drive(load: Load) -> Timing:
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.workers.load_worker"],
+        input=orjson.dumps(asdict(load)),
+        capture_output=True,
+        env=environment,
+        cwd=_ROOT,
+        timeout=600,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the load worker failed: {done.stderr.decode(errors='replace')[-2000:]}")
+    timing = Timing(**orjson.loads(done.stdout))
+    if timing.completed != len(load.questions):
+        raise RuntimeError(
+            f"{len(load.questions) - timing.completed} of {len(load.questions)} tasks were not completed"
+        )
+    return timing
+
+
+def _ends(servers: str) -> dict[str, list[int]]:
+    admin = AdminClient({"bootstrap.servers": servers})
+    return {name: stable_offsets(admin, name, topic.partitions or PARTITIONS) for name, topic in all_topics().items()}
+
+
+def _count_events(servers: str, before: dict[str, list[int]]) -> Counter[str]:
+    """Committed events since ``before``, by topic; control records are none."""
+    after = _ends(servers)
+    return Counter({name: len(read_between(servers, name, start, after[name])) for name, start in before.items()})
+
+
+class _Meter:
+    """CPU seconds of this process's threads, by what they do, and of the broker, between ``start`` and ``stop``."""
+
+    def __init__(self, broker_pid: int | None) -> None:
+        self._broker = None if broker_pid is None else psutil.Process(broker_pid)
+        self._at: dict[tuple[int, str], float] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.peak_mib = 0.0
+
+    def start(self) -> None:
+        self._at = self._now()
+
+    def stop(self) -> None:
+        for (thread, kind), used in self._now().items():
+            self.seconds[kind] += used - self._at.get((thread, kind), 0.0)
+        memory = psutil.Process().memory_info().rss
+        if self._broker is not None:
+            memory += self._broker.memory_info().rss
+        self.peak_mib = max(self.peak_mib, memory / 2**20)
+
+    def _now(self) -> dict[tuple[int, str], float]:
+        names = {thread.native_id: thread.name for thread in threading.enumerate()}
+        used: dict[tuple[int, str], float] = {}
+        for thread in psutil.Process().threads():
+            used[thread.id, _kind(thread.id, names)] = thread.user_time + thread.system_time
+        if self._broker is not None:
+            times = self._broker.cpu_times()
+            used[self._broker.pid, "broker (JVM)"] = times.user + times.system
+        return used
+
+
+def _kind(thread: int, names: dict[int | None, str]) -> str:
+    """What a thread of this process works for. Native threads name themselves, Python's are known by their objects."""
+    name = names.get(thread)
+    if name is None:
+        try:
+            name = Path(f"/proc/self/task/{thread}/comm").read_text().strip()
+        except OSError:
+            name = ""
+        if name.startswith("rdk:"):
+            return "Kafka client"
+        return "stores and models, native threads"
+    if name == "system":
+        return "agents' event loop"
+    if name.endswith("-fetch") or "-commit" in name:
+        return "fetching and committing"
+    if name.startswith("sink-"):
+        return name
+    if name.startswith("embed-"):
+        return "embedding model"
+    return "recall (Milvus)" if name == "recall" else "other Python threads"
+
+
+def _figures(
+    tasks: int, timings: list[Timing], alone: Timing, caught_up: list[float], events: Counter[str], meter: _Meter
+) -> list[Figure]:
+    done = tasks * len(timings)
+    cpu_s = sum(meter.seconds.values())
+    figures = [
+        Figure(PART, "tasks at once", "tasks/s", tuple(tasks / one.seconds for one in timings), f"{tasks:,} tasks"),
+        Figure(PART, "p50 of a task, all at once", "ms", _milliseconds(timings, 0.5), "submitted to outcome"),
+        Figure(PART, "p99 of a task, all at once", "ms", _milliseconds(timings, 0.99), "submitted to outcome"),
+        Figure(PART, "p50 of a task, one by one", "ms", _milliseconds([alone], 0.5), "nothing else to do"),
+        Figure(PART, "p99 of a task, one by one", "ms", _milliseconds([alone], 0.99), f"{len(alone.tasks)} tasks"),
+        Figure(PART, "sinks caught up after the last outcome", "s", tuple(caught_up)),
+        Figure(PART, "events a task", "events", (sum(events.values()) / done,), _top(events, done)),
+        Figure(PART, "CPU a task", "ms", (cpu_s / done * 1000,), "all processes but the load"),
+        Figure(PART, "memory", "MiB", (meter.peak_mib,), "this process and the broker"),
+    ]
+    for kind, seconds in sorted(meter.seconds.items(), key=lambda item: -item[1]):
+        if seconds / cpu_s >= 0.01:
+            figures.append(Figure(PART, f"CPU share: {kind}", "%", (seconds / cpu_s * 100,)))
+    return figures
+
+
+def _milliseconds(timings: list[Timing], share: float) -> tuple[float, ...]:
+    return tuple(percentile(timing.tasks, share) * 1000 for timing in timings)
+
+
+def _top(events: Counter[str], done: int) -> str:
+    return ", ".join(f"{name} {count / done:.1f}" for name, count in events.most_common(4))
