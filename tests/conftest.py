@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import socket
 import tarfile
 import tempfile
 import uuid
@@ -73,6 +74,18 @@ class KafkaForTests:
         name = self.unique(prefix)
         self.create_topics(name, partitions, config)
         return name
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> None:
+    """Skips what asks for it, with the reason, where there is no Docker engine."""
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if host.startswith("unix://"):
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(host.removeprefix("unix://"))
+        except OSError as error:
+            pytest.skip(f"no Docker engine at {host}: {error.strerror}")
 
 
 @pytest.fixture(scope="session")
