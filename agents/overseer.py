@@ -33,16 +33,21 @@ from schemas.events import AssessedClaim, Assessment, Claim, Evidence, StepAsses
 
 __all__ = ["Overseer"]
 
-LEXICAL_ACCEPT: Final = 0.75
-"""Containment from which a claim is grounded without a look at its embedding. Calibrated on sentences of installed
-packages' READMEs: verbatim ones score 1.0, light paraphrases 0.75 to 0.95, sentences on another subject under 0.4."""
+# Calibrated on 40 claims about 12 installed packages against their READMEs (tests/unit/test_agents_calibration.py has
+# them): 17 of 20 paraphrases are accepted, 17 of 20 falsehoods that stay near to the text (another number, name or
+# subject, a negation) are caught. The three that pass change one ordinary word ("web interfaces" for "command line
+# interfaces", "slow" for "fast"): similarity, of words or of embeddings, does not see that.
+
+LEXICAL_ACCEPT: Final = 0.85
+"""Containment from which a claim is grounded without a look at its embedding. Below, a short claim can have its one
+telling word swapped ("HTTPX is a fully featured HTTP server": 0.80)."""
 
 LEXICAL_REJECT: Final = 0.15
 """Containment under which no embedding can save a claim: it shares no more than a stray word with its evidence."""
 
-EMBEDDING_ACCEPT: Final = 0.62
-"""Cosine (all-MiniLM-L6-v2) from which a claim in between is grounded: on the same sentences free paraphrases score
-0.65 to 0.9, sentences on a related subject up to 0.55."""
+EMBEDDING_ACCEPT: Final = 0.70
+"""Cosine (all-MiniLM-L6-v2) from which a claim in between is grounded: the paraphrases score 0.71 to 0.98 but for
+three, claims about the same thing that it does not say 0.35 to 0.64."""
 
 _MAX_REVISIONS: Final = 1
 
@@ -153,17 +158,19 @@ def _hold(claim: Claim, evidence: Sequence[Evidence]) -> _Held:
             continue
         # The neighbours complete a claim that draws two sentences together, but count less than one sentence alone.
         lexical = max(score, 0.9 * containment(words, content_words(around)))
-        faithful = _faithful(claim.text, window, around)
+        faithful = _faithful(claim.text, window, around, f"{item.title} {item.heading} {item.text}")
         if (faithful, lexical) > (best.faithful, best.lexical):
             best = _Held(claim.text, claim.chunk_ids, round(lexical, 4), faithful, window)
     return best
 
 
-def _faithful(claim: str, window: str, around: str) -> bool:
-    """Whether the claim's numbers and names are near its best sentence, and it is negated just when that one is."""
+def _faithful(claim: str, window: str, around: str, whole: str) -> bool:
+    """Whether the claim's numbers are near its best sentence (``window``) and its names somewhere in the passage, and
+    it is negated just when that sentence is.
+    """
     if not set(_NUMBER.findall(claim)) <= set(_NUMBER.findall(around)):
         return False
-    known = set(tokens(around))
+    known = set(tokens(whole))
     if any(not known.issuperset(tokens(name)) for name in _NAME.findall(claim)):
         return False
     return _negated(claim) == _negated(window)
