@@ -21,8 +21,9 @@ from streams.errors import OffsetMetadataError
 
 __all__ = ["METADATA_LIMIT", "Checkpoint", "OffsetTracker", "decode_finished", "encode_finished"]
 
-METADATA_LIMIT: Final = 4096
-"""Bytes: the broker's offset.metadata.max.bytes. More, and OFFSET_METADATA_TOO_LARGE aborts the transaction."""
+METADATA_LIMIT: Final = 4095
+"""Bytes. The broker's offset.metadata.max.bytes is 4096, and a text of just that length is refused already
+(OFFSET_METADATA_TOO_LARGE, which aborts the transaction); tests/contract holds it against a broker."""
 
 _MAX_SPAN: Final = 100_000_000
 _MAX_UNFINISHED: Final = 1_000_000

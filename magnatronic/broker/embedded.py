@@ -124,7 +124,7 @@ class EmbeddedBroker:
         port: int | None = None,
         heap_mb: int = 512,
         java_home: Path | None = None,
-        start_timeout_s: float = 60.0,
+        start_timeout_s: float = 120.0,
     ) -> None:
         self.data_dir = data_dir.absolute()
         self.log_path = self.data_dir / "kafka.log"

@@ -22,6 +22,7 @@ from magnatronic.broker import EmbeddedBroker, TopicSpec, create_topics
 from magnatronic.broker.lock import KAFKA_VERSION
 from magnatronic.broker.process import free_ports
 from schemas.topics import all_topics
+from streams.offsets import METADATA_LIMIT
 
 if TYPE_CHECKING:
     from tests.conftest import KafkaForTests
@@ -32,8 +33,6 @@ CHANGELOG = {
     "segment.ms": str(10 * 60 * 1000),
     "min.cleanable.dirty.ratio": "0.1",
 }
-METADATA_LIMIT = 4095
-"""Characters. The broker's offset.metadata.max.bytes is 4096, and it refuses a text of just that length."""
 QUIET = {"log_level": 0}
 
 
