@@ -63,10 +63,13 @@ class MilvusSink(Sink):
             return
         # In every model's collection: the old text of a document is stale whoever embedded it.
         for collection in self._store.collections():
-            there = self._store.chunk_ids(collection, net.standing)
-            stale = [chunk_id for document, ids in there.items() for chunk_id in ids - net.standing[document]]
-            if stale:
-                self._store.delete(collection, sorted(stale))
+            # Again until nothing is found: of a document with very many chunks not all are seen at once.
+            while stale := self._stale(collection, net.standing):
+                self._store.delete(collection, stale)
+
+    def _stale(self, collection: str, standing: dict[str, set[str]]) -> list[str]:
+        there = self._store.chunk_ids(collection, standing)
+        return sorted(chunk_id for document, ids in there.items() for chunk_id in ids - standing[document])
 
 
 class _Net:

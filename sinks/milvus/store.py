@@ -34,8 +34,11 @@ _OFFSETS: Final = "sink_offsets"
 _MAX_BYTES: Final = 65_535
 """The longest VARCHAR that Milvus holds."""
 
+_MOST_ROWS: Final = 16_384
+"""The most rows that Milvus gives in one answer."""
+
 _PAGE: Final = 8_192
-"""Ids in one filter and rows of one answer: half of what Milvus allows."""
+"""Ids in one delete."""
 
 _NO_COLLECTION: Final = 100
 _RESULT: Final = ("chunk_id", "document_id", "title", "heading", "source", "text")
@@ -204,12 +207,18 @@ class MilvusStore:
         self._wrote(collection, len(rows))
 
     def chunk_ids(self, collection: str, document_ids: Iterable[str]) -> dict[str, set[str]]:
-        """The chunks that ``collection`` holds of each of the documents."""
+        """The chunks that ``collection`` holds of each of the documents, of each 16,384 at most."""
         self._load(collection)
         by_key = {document_key(document_id): document_id for document_id in document_ids}
         found: dict[str, set[str]] = {document_id: set() for document_id in by_key.values()}
-        for keys in _pages(list(by_key), 256):
-            for row in self._every(collection, f"document_key in {_literals(keys)}", ["chunk_id", "document_key"]):
+        waiting = list(_pages(list(by_key), 256))
+        while waiting:
+            keys = waiting.pop()
+            rows = self._rows(collection, f"document_key in {_literals(keys)}", ["chunk_id", "document_key"])
+            if len(rows) >= _MOST_ROWS and len(keys) > 1:
+                waiting += _pages(keys, (len(keys) + 1) // 2)
+                continue
+            for row in rows:
                 found[by_key[row["document_key"]]].add(row["chunk_id"])
         return found
 
@@ -261,7 +270,7 @@ class MilvusStore:
         if not self._exists(_OFFSETS):
             return {}
         self._load(_OFFSETS)
-        rows = self._every(_OFFSETS, f"sink == {_literals([sink])[1:-1]}", ["topic", "partition_number", "next_offset"])
+        rows = self._rows(_OFFSETS, f"sink == {_literals([sink])[1:-1]}", ["topic", "partition_number", "next_offset"])
         return {(row["topic"], row["partition_number"]): row["next_offset"] for row in rows}
 
     def note_offsets(self, sink: str, offsets: Mapping[tuple[str, int], int]) -> None:
@@ -306,6 +315,11 @@ class MilvusStore:
             self._unflushed.pop(collection, None)
 
     # Flushing
+
+    @property
+    def unflushed_rows(self) -> int:
+        """Rows written to Milvus Lite since the last flush; searches are the slower for them."""
+        return sum(self._unflushed.values())
 
     def flush(self) -> None:
         """Bring what was written to disk and under the index, then note the offsets that wait for it (Milvus Lite)."""
@@ -361,7 +375,7 @@ class MilvusStore:
 
     def _create_chunks(self, client: Any, collection: str, dimensions: int) -> None:
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("chunk_id", DataType.VARCHAR, is_primary=True, max_length=64)
+        schema.add_field("chunk_id", DataType.VARCHAR, is_primary=True, max_length=512)
         schema.add_field("document_key", DataType.VARCHAR, max_length=64)
         schema.add_field("ordinal", DataType.INT64)
         for name in ("document_id", "title", "heading", "source", "text"):
@@ -373,18 +387,16 @@ class MilvusStore:
         index.add_index("document_key", index_type="INVERTED")
         client.create_collection(collection, schema=schema, index_params=index)
 
-    def _every(self, collection: str, where: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-        """All rows that ``where`` holds for, however many, as of now."""
-        iterator = self._do(
-            lambda client: client.query_iterator(
-                collection, batch_size=_PAGE, filter=where, output_fields=fields, consistency_level="Strong"
+    def _rows(self, collection: str, where: str, fields: list[str]) -> list[dict[str, Any]]:
+        """The rows that ``where`` holds for as of now, 16,384 at most."""
+        # No query_iterator: Milvus Lite lacks a call that it makes, and it puts ids into filters as they are.
+        return self._do(
+            lambda client: list(
+                client.query(
+                    collection, filter=where, output_fields=fields, limit=_MOST_ROWS, consistency_level="Strong"
+                )
             )
         )
-        try:
-            while rows := self._guarded(iterator.next):
-                yield from rows
-        finally:
-            iterator.close()
 
 
 def _upsert(client: Any, *, collection: str, rows: Sequence[dict[str, Any]]) -> None:
