@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS event_log
     task_id String,
     step_id String,
     agent LowCardinality(String),
-    payload String,
+    payload String CODEC(ZSTD(1)),
     error String,
     raw String,
     value_bytes UInt64
