@@ -1,6 +1,6 @@
 """Avro schemas generated from the event models, and the command that commits them.
 
-In: the models in :data:`schemas.events.EVENT_TYPES`. Out: one Avro schema each, as ``schemas/avro/<full name>.avsc``,
+In: the models in :mod:`schemas.events`. Out: one Avro schema each, as ``schemas/avro/<full name>.avsc``,
 and a new version in ``schemas/registry.json`` where a schema changed. ``python -m schemas.avro_generation`` writes
 both; with ``--check`` it writes nothing and fails when the committed files are not what the models say, or when a
 version is not FULL_TRANSITIVE-compatible with every one before it.
@@ -20,6 +20,7 @@ import orjson
 from pydantic import AwareDatetime
 from pydantic.fields import FieldInfo
 
+import schemas.events
 from schemas.avro_schema import RecordType, parse
 from schemas.compatibility import incompatibilities
 from schemas.encryption import Personal
@@ -27,7 +28,7 @@ from schemas.errors import GenerationError, SchemaError
 from schemas.events.base import EVENT_TYPES, NAMESPACE, Event, Float32, Micros, Value
 from schemas.registry import MANIFEST_PATH, Manifest
 
-__all__ = ["AVRO_FOLDER", "avro_schema", "avsc_text", "check", "generate", "parsed_schema"]
+__all__ = ["AVRO_FOLDER", "avro_schema", "avsc_text", "check", "generate", "parsed_schema", "shipped_types"]
 
 AVRO_FOLDER: Final = Path(__file__).with_name("avro")
 _PLAIN: Final[Mapping[Any, str]] = {str: "string", bool: "boolean", int: "long", float: "double", bytes: "bytes"}
@@ -155,8 +156,23 @@ def _default(where: str, value: Any) -> Any:
     raise GenerationError(f"{where}: the default {value!r} can't be written in Avro; use an empty one or a plain value")
 
 
-def generate(folder: Path = AVRO_FOLDER, manifest_path: Path = MANIFEST_PATH) -> list[str]:
+def shipped_types() -> dict[str, type[Event]]:
+    """The event types of :mod:`schemas.events`, by full name and in its order; not those declared elsewhere."""
+    return {
+        name: model
+        for name, model in sorted(EVENT_TYPES.items())
+        if model.__module__.startswith(f"{schemas.events.__name__}.")
+    }
+
+
+def generate(
+    folder: Path = AVRO_FOLDER,
+    manifest_path: Path = MANIFEST_PATH,
+    models: Mapping[str, type[Event]] | None = None,
+) -> list[str]:
     """Write the ``.avsc`` files and append changed schemas to the manifest; says what it did, a line each.
+
+    ``models`` are the event types by full name, the shipped ones by default.
 
     Raises:
         GenerationError: a changed schema is not compatible with a committed version; nothing is written then.
@@ -164,7 +180,7 @@ def generate(folder: Path = AVRO_FOLDER, manifest_path: Path = MANIFEST_PATH) ->
     before = Manifest.load(manifest_path) if manifest_path.exists() else Manifest(())
     manifest = before
     files: dict[Path, str] = {}
-    for name, model in sorted(EVENT_TYPES.items()):
+    for name, model in sorted((shipped_types() if models is None else models).items()):
         files[folder / f"{name}.avsc"] = avsc_text(model)
         manifest = manifest.with_schema(parsed_schema(model))
     if problems := _incompatible(manifest):
@@ -188,11 +204,16 @@ def generate(folder: Path = AVRO_FOLDER, manifest_path: Path = MANIFEST_PATH) ->
     return done
 
 
-def check(folder: Path = AVRO_FOLDER, manifest_path: Path = MANIFEST_PATH) -> list[str]:
+def check(
+    folder: Path = AVRO_FOLDER,
+    manifest_path: Path = MANIFEST_PATH,
+    models: Mapping[str, type[Event]] | None = None,
+) -> list[str]:
     """What differs between the models and the committed files, or breaks compatibility; empty when all is well."""
     manifest = Manifest.load(manifest_path)
     problems = []
-    expected = {f"{name}.avsc": model for name, model in sorted(EVENT_TYPES.items())}
+    models = shipped_types() if models is None else models
+    expected = {f"{name}.avsc": model for name, model in sorted(models.items())}
     for file, model in expected.items():
         path = folder / file
         if not path.exists() or path.read_text() != avsc_text(model):
@@ -228,8 +249,6 @@ def _incompatible(manifest: Manifest) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """The command: no argument writes, ``--check`` only looks. Returns the exit code."""
-    import schemas.events  # noqa: F401 (registers every event type)
-
     if arguments not in ([], ["--check"]):
         print("usage: python -m schemas.avro_generation [--check]", file=sys.stderr)
         return 2

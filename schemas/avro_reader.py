@@ -163,7 +163,10 @@ class _Compiler:
         self._value(writer, reader, "v")
         source = "\n".join([*self._functions, *self._function("_read")])
         exec(compile(source, "<avro reader>", "exec"), self._scope)
-        made: Callable[[bytes, int, list[int]], tuple[Any, int]] = self._scope["_read"]
+        # A record's own function is the reader already, and saves a call.
+        made: Callable[[bytes, int, list[int]], tuple[Any, int]] = self._scope[
+            next(iter(self._records.values())) if isinstance(writer, RecordType) else "_read"
+        ]
         return made
 
     def _function(self, name: str) -> list[str]:
@@ -263,6 +266,7 @@ class _Compiler:
                 self._emit("p += 1")
                 self._emit("break")
             self._emit(f"{count}, p = _block(b, p, {min_size}, {weight}, {extra}, budget)")
+            self._emit(f"if not {count}: break")
             yield count
             self._emit(f"{extra} = {_BLOCK_VALUES}")
 

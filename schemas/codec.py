@@ -42,7 +42,7 @@ from schemas.upcasters import UPCASTERS, Upcaster, Upcasters, prune
 __all__ = ["MAX_BYTES", "UNKNOWN_SOURCE", "Codec", "Encoded"]
 
 MAX_BYTES: Final = max(topic.max_message_bytes for topic in TOPICS)
-"""The default size cap: the largest message that any topic takes. The broker holds each topic to its own."""
+"""The default size cap: the largest message that any topic takes. Types are held to the cap of their topic too."""
 
 UNKNOWN_SOURCE: Final = "/clients/unknown"
 """The source of records whose producer did not name itself."""
@@ -52,6 +52,8 @@ _FRAME: Final = struct.Struct(">BI")
 _HEADER_BYTES: Final = _FRAME.size
 _MAX_MESSAGE: Final = 600
 _MAX_PROBLEMS: Final = 50
+_OVERHEAD_BYTES: Final = 1024
+_MAX_HEADERS: Final = 4096
 _MAX_READERS: Final = 1024
 
 
@@ -72,6 +74,7 @@ class _Writing:
     schema_header: tuple[str, bytes]
     check: Callable[[bytes, int], Any]
     check_above: int
+    max_bytes: int
     personal: dict[str, str]
 
 
@@ -86,6 +89,7 @@ class _Reading:
     name: str
     schema: RecordType
     key: str
+    max_bytes: int
     personal: dict[str, str]
 
 
@@ -113,6 +117,16 @@ class Codec:
         self._writing: dict[type[Event], _Writing] = {}
         self._by_schema: dict[bytes, _Reading] = {}
         self._by_id: dict[int, _Reading] = {}
+
+    def prepare(self, *event_types: type[Event]) -> None:
+        """Get the ids of these types now, so that a registry that is away shows at start-up and no event waits for it.
+
+        Raises:
+            RegistryError: a type has no schema id, or the registry did not answer.
+        """
+        for kind in event_types:
+            if kind not in self._writing:
+                self._prepare_writing(kind)
 
     def encode(self, event: Event, metadata: Metadata) -> Encoded:
         """The value and headers of ``event``.
@@ -150,7 +164,7 @@ class Codec:
                 "validate it with its model before it is emitted"
             ) from error
         if len(value) > writing.check_above:
-            self._check_size(kind, value, writing)
+            self._check_size(kind, value, headers, writing)
         return Encoded(value, headers)
 
     def decode(self, record: Record) -> Envelope:
@@ -182,6 +196,8 @@ class Codec:
         reading = self._by_id.get(int.from_bytes(value[1:5], "big")) if named is None else self._by_schema.get(named)
         if reading is None:
             reading = self._prepare_reading(named, int.from_bytes(value[1:5], "big"))
+        if len(value) > reading.max_bytes:
+            raise TooLargeError(f"the value has {len(value)} bytes, over {reading.name}'s cap of {reading.max_bytes}")
         fields = reading.read(value, _HEADER_BYTES)
         if reading.upcast is not None:
             fields = _upcast(reading, fields)
@@ -222,6 +238,7 @@ class Codec:
             raise MalformedError(f"ce_time or the record's timestamp is no point in time: {error}") from None
 
     def _prepare_writing(self, kind: type[Event]) -> _Writing:
+        max_bytes = min(self._max_bytes, _topic_cap(kind))
         try:
             schema = parsed_schema(kind)
         except (GenerationError, UnsafeSchemaError) as error:
@@ -233,7 +250,8 @@ class Codec:
             schema_header=("ce_dataschema", f"{schema.name}/{fingerprint(schema)}".encode()),
             check=compile_reader(schema),
             # Fewer bytes can't hold more values than a reader takes.
-            check_above=min(self._max_bytes, int(MAX_VALUES / max(values_per_byte(schema), 1))),
+            check_above=min(max_bytes - _MAX_HEADERS, int(MAX_VALUES / max(values_per_byte(schema), 1))),
+            max_bytes=max_bytes,
             personal=personal_fields(kind),
         )
         return made
@@ -298,14 +316,17 @@ class Codec:
             name=name,
             schema=parsed_schema(model),
             key=next((topic.key for topic in TOPICS if model in topic.events), ""),
+            max_bytes=min(self._max_bytes, _topic_cap(model)),
             personal=personal_fields(model),
         )
 
-    def _check_size(self, kind: type[Event], value: bytes, writing: _Writing) -> None:
-        if len(value) > self._max_bytes:
+    @staticmethod
+    def _check_size(kind: type[Event], value: bytes, headers: list[tuple[str, bytes]], writing: _Writing) -> None:
+        # The broker counts headers, key and its own framing too.
+        size = len(value) + sum(len(name) + len(text) for name, text in headers) + _OVERHEAD_BYTES
+        if size > writing.max_bytes:
             raise EventTooLargeError(
-                f"{kind.full_name} has {len(value)} bytes encoded, over the cap of {self._max_bytes}; "
-                "emit less in one event"
+                f"{kind.full_name} takes {size} bytes, over the cap of {writing.max_bytes}; emit less in one event"
             )
         try:
             writing.check(value, _HEADER_BYTES)
@@ -340,6 +361,10 @@ class Codec:
 
 _SPECVERSION: Final = ("ce_specversion", b"1.0")
 _CONTENT_TYPE: Final = ("content-type", b"application/avro")
+
+
+def _topic_cap(kind: type[Event]) -> int:
+    return next((topic.max_message_bytes for topic in TOPICS if kind in topic.events), MAX_BYTES)
 
 
 def _rfc3339(time: datetime) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.avro_generation import parsed_schema
+from schemas.avro_generation import parsed_schema, shipped_types
 from schemas.avro_reader import MAX_VALUES, compile_reader
 from schemas.avro_schema import MAX_NODES, RecordType, Schema, parse
 from schemas.codec import MAX_BYTES, Codec
@@ -26,9 +26,10 @@ from schemas.errors import (
     UnknownSchemaError,
     UnsafeSchemaError,
 )
-from schemas.events import EVENT_TYPES, Citation, Claim, Evidence, StepCompleted, TaskSubmitted
+from schemas.events import Citation, Claim, Evidence, StepCompleted, TaskSubmitted
 from schemas.metadata import Envelope, Metadata
 from schemas.record import Header, Record
+from schemas.topics import MAX_MESSAGE_BYTES
 
 MAX_SECONDS = 0.050
 MAX_MEMORY = 64 * 1024 * 1024
@@ -69,10 +70,11 @@ def refused(codec: Codec, record: Record, expected: type[DecodeError]) -> str:
     """Decode what must fail: within the bounds, with a short message that names the place."""
     fastest = float("inf")
     for _ in range(3):
-        started = time.perf_counter()
+        # The thread's own time: what else the machine does is no cost of the record.
+        started = time.thread_time()
         with pytest.raises(expected) as caught:
             codec.decode(record)
-        fastest = min(fastest, time.perf_counter() - started)
+        fastest = min(fastest, time.thread_time() - started)
     assert type(caught.value) is expected
     tracemalloc.start()
     try:
@@ -90,6 +92,9 @@ def refused(codec: Codec, record: Record, expected: type[DecodeError]) -> str:
 
 
 BIG = 2_000_000_000
+# The widest that a string of the topic's cap gets in Python: one letter past the 16-bit plane makes all take 4 bytes.
+WIDE_TEXT = b"a" * (MAX_MESSAGE_BYTES - 40) + "\N{GRINNING FACE}".encode()
+WIDE = b"\x04t1" + varint(len(WIDE_TEXT)) + WIDE_TEXT + b"\2\0\0\0" + b"\0"
 # magnatronic.tasks.TaskSubmitted: task_id, objective, priority, submitted_by, deadline, parameters
 HOSTILE = {
     "empty": (b"", MalformedError),
@@ -102,6 +107,7 @@ HOSTILE = {
     "much more": (SUBMITTED.value + bytes(1_000_000), TrailingBytesError),
     "two events": (SUBMITTED.value + SUBMITTED.value, TrailingBytesError),
     "over the cap": (FRAME + bytes(MAX_BYTES), TooLargeError),
+    "over the topic's cap": (FRAME + bytes(MAX_MESSAGE_BYTES), TooLargeError),
     "string of 2 GB": (FRAME + varint(BIG) + b"t1", TruncatedError),
     "string of 2**62": (FRAME + varint(1 << 62) + b"t1", TruncatedError),
     "string of negative length": (FRAME + varint(-2) + b"t1", MalformedError),
@@ -120,8 +126,9 @@ HOSTILE = {
     "map of -2 billion": (FRAME + b"\x04t1\x06ask\2\0\0" + varint(-BIG) + b"\0", TruncatedError),
     "map of -2**63": (FRAME + b"\x04t1\x06ask\2\0\0" + varint(-(1 << 63)) + b"\0", TruncatedError),
     "map without end": (FRAME + b"\x04t1\x06ask\2\0\0\2\2a\2b", TruncatedError),
-    "map of too many": (FRAME + b"\x04t1\x06ask\2\0\0" + varint(900_000) + bytes(1_900_000), TooLargeError),
-    "map of too many small blocks": (FRAME + b"\x04t1\x06ask\2\0\0" + b"\2\0\0" * 900_000, TooLargeError),
+    "map of too many": (FRAME + b"\x04t1\x06ask\2\0\0" + varint(400_000) + bytes(900_000), TooLargeError),
+    "map of too many small blocks": (FRAME + b"\x04t1\x06ask\2\0\0" + b"\2\0\0" * 300_000, TooLargeError),
+    "wide string": (FRAME + WIDE, TrailingBytesError),
     "empty task_id": (FRAME + b"\0\x06ask\2\0\0\0", InvalidEventError),
 }
 
@@ -137,6 +144,11 @@ def test_tombstones_and_unknown_ids() -> None:
     refused(CODEC, record_of(None), MalformedError)
     message = refused(CODEC, record_of(b"\0\x7f\xff\xff\xff" + SUBMITTED.value[5:]), UnknownSchemaError)
     assert "MAGNATRONIC_SCHEMA_REGISTRY_URL" in message
+
+
+def test_a_zero_count_of_many_bytes_ends_a_map_too() -> None:
+    value = FRAME + b"\x04t1\x06ask\2\0\0\2\2k\2v\x80\0"
+    assert CODEC.decode(record_of(value)) == CODEC.decode(record_of(SUBMITTED.value))
 
 
 def test_negative_block_counts_are_legal_avro() -> None:
@@ -348,10 +360,12 @@ def test_mutated_bytes_are_an_event_or_a_decode_error(
         envelope = CODEC.decode(record_of(bytes(value), () if stock else encoded.headers))
     except DecodeError:
         return
-    assert CODEC.decode(record_of(CODEC.encode(envelope.event, META).value)).event == envelope.event
+    # Compared as bytes, as a mutation can make a NaN, which equals nothing.
+    again = CODEC.encode(envelope.event, META)
+    assert CODEC.encode(CODEC.decode(record_of(again.value)).event, META) == again
 
 
-READERS = {name: compile_reader(parsed_schema(model)) for name, model in EVENT_TYPES.items()}
+READERS = {name: compile_reader(parsed_schema(model)) for name, model in shipped_types().items()}
 
 
 @settings(max_examples=1000, deadline=1000)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas.avro_generation import avro_schema, parsed_schema
+from schemas.avro_generation import avro_schema, parsed_schema, shipped_types
 from schemas.avro_schema import (
     ArrayType,
     EnumType,
@@ -27,9 +27,9 @@ from schemas.avro_schema import (
 from schemas.codec import Codec, Encoded
 from schemas.errors import EncodeError, EventTooLargeError, RegistryError
 from schemas.events import (
-    EVENT_TYPES,
     ChunkEmbedded,
     Citation,
+    DeadLettered,
     DocumentSubmitted,
     Event,
     Priority,
@@ -42,6 +42,7 @@ from schemas.record import Record
 from schemas.registry import Manifest, ManifestIds
 
 CODEC = Codec()
+MODELS = list(shipped_types().values())
 NOW = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 META = Metadata(deterministic_id("one"), "/agents/tester@1", "t1", NOW, deterministic_id("zero"), "t1")
 
@@ -89,7 +90,7 @@ def valid(model: type[Event]) -> st.SearchStrategy[Event]:
     special: dict[type[Event], dict[str, st.SearchStrategy[Any]]] = {
         TaskSubmitted: {"task_id": TEXTS.filter(bool), "objective": TEXTS.filter(bool)},
         DocumentSubmitted: {"document_id": TEXTS.filter(bool)},
-        EVENT_TYPES["magnatronic.operations.DeadLettered"]: {"attempts": st.integers(0, 100)},
+        DeadLettered: {"attempts": st.integers(0, 100)},
     }
     schema = parsed_schema(model)
     parts = {field.name: values(field.type) for field in schema.fields} | special.get(model, {})
@@ -108,7 +109,7 @@ METADATA = st.builds(
 )
 
 
-@pytest.mark.parametrize("model", [EVENT_TYPES[name] for name in sorted(EVENT_TYPES)], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_every_event_type_round_trips(model: type[Event], data: st.DataObject) -> None:
@@ -124,7 +125,7 @@ def test_every_event_type_round_trips(model: type[Event], data: st.DataObject) -
     assert model(**theirs) == event
 
 
-@pytest.mark.parametrize("model", [EVENT_TYPES[name] for name in sorted(EVENT_TYPES)], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_what_another_writer_wrote_is_read(model: type[Event], data: st.DataObject) -> None:
@@ -222,7 +223,7 @@ def test_vectors_of_float32_and_large_events() -> None:
     assert isinstance(back, ChunkEmbedded)
     assert back.vector == pytest.approx(vector, abs=1e-7)
     assert CODEC.encode(back, META) == encoded
-    document = DocumentSubmitted(document_id="d", title="t", text="é" * 1_000_000)
+    document = DocumentSubmitted(document_id="d", title="t", text="é" * 500_000)
     assert CODEC.decode(record_of(CODEC.encode(document, META))).event == document
 
 
@@ -272,10 +273,23 @@ def test_metadata_that_can_not_be_told(metadata: Metadata) -> None:
 
 
 def test_what_no_reader_would_take_is_not_written() -> None:
-    small = Codec(max_bytes=100)
+    small = Codec(max_bytes=1700)
     assert small.encode(TaskSubmitted(task_id="t", objective="o" * 80), META)
-    with pytest.raises(EventTooLargeError, match="over the cap of 100"):
-        small.encode(TaskSubmitted(task_id="t", objective="o" * 100), META)
+    with pytest.raises(EventTooLargeError, match="over the cap of 1700; emit less"):
+        small.encode(TaskSubmitted(task_id="t", objective="o" * 800), META)
+    with pytest.raises(EventTooLargeError, match="over the cap of 1048576"):
+        CODEC.encode(DocumentSubmitted(document_id="d", title="t", text="x" * 1_048_000), META)
+    letter = DeadLettered(
+        source_topic="t",
+        source_partition=0,
+        source_offset=0,
+        source_timestamp=NOW,
+        value=bytes(8 * 1_048_576),
+        agent="a",
+        error_type="E",
+        error="e",
+    )
+    assert CODEC.decode(record_of(CODEC.encode(letter, META))).event == letter
     empty = Citation(marker=1, chunk_id="", document_id="", title="", quote="")
     many = StepCompleted(
         task_id="t", step_id="s", attempt=1, capability="c", objective="o", answer="a", citations=(empty,) * 10_000
@@ -288,6 +302,16 @@ def test_what_no_reader_would_take_is_not_written() -> None:
 def test_a_type_without_a_committed_schema_has_no_id() -> None:
     with pytest.raises(RegistryError, match="python -m schemas"):
         Codec(ManifestIds(Manifest(()))).encode(TaskSubmitted(task_id="t", objective="o"), META)
+
+
+def test_ids_can_be_had_before_the_first_event() -> None:
+    with pytest.raises(RegistryError, match="TaskSubmitted is not in the schema manifest"):
+        Codec(ManifestIds(Manifest(()))).prepare(TaskSubmitted, StepFailed)
+    codec = Codec()
+    codec.prepare(*MODELS)
+    codec.prepare(TaskSubmitted)
+    event = TaskSubmitted(task_id="t", objective="o")
+    assert codec.encode(event, META) == CODEC.encode(event, META)
 
 
 def test_json_of_a_decoded_event_is_that_of_the_original() -> None:
