@@ -5,10 +5,10 @@ StreamsError
 │   ├── FencedError         another instance holds this one's slot; nothing uncommitted of this one counts
 │   ├── MissingTopicError   a topic that it reads or writes does not exist
 │   ├── ClusterError        Kafka could not be reached, or refused, for longer than the clients' own retries
-│   └── StateError          the changelog and the committed offsets don't fit together
+│   ├── StateError          the changelog and the committed offsets don't fit together
+│   └── OffsetMetadataError the finished-offset map in a commit can't be read
 ├── TransactionAbortedError a transaction came to nothing; the same results may be committed by the next one
 ├── RecordRejectedError     the broker will never take one of the records; names it by its place in the transaction
-├── OffsetMetadataError     the finished-offset map in a commit can't be read
 └── NoFreeSlotError         every slot of the group is held by another process
 """
 
@@ -66,7 +66,7 @@ class RecordRejectedError(StreamsError):
         self.index = index
 
 
-class OffsetMetadataError(StreamsError):
+class OffsetMetadataError(ProcessorError):
     """A commit's metadata is no finished-offset map of a known version."""
 
 

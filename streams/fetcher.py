@@ -103,8 +103,11 @@ class Fetcher:
         because only the listener's ``revoked``, which needs the loop's thread too, lets the consumer join again. A
         transaction with the metadata of no member would not be fenced.
         """
-        metadata = self.consumer.consumer_group_metadata()
-        return metadata if self.consumer.memberid() else None
+        try:
+            metadata = self.consumer.consumer_group_metadata()
+            return metadata if self.consumer.memberid() else None
+        except RuntimeError:  # the consumer is closed, or closing: why, `finished` tells
+            return None
 
     def _main(self) -> None:
         error: Exception | None = None
@@ -167,7 +170,10 @@ class Fetcher:
             error = message.error()
             if error is None:
                 good.append(message)
-            elif error.fatal() or error.code() in (
+            elif error.code() in (
+                KafkaError._FATAL,
+                KafkaError._FENCED,
+                KafkaError.FENCED_INSTANCE_ID,
                 KafkaError.UNKNOWN_TOPIC_OR_PART,
                 KafkaError.TOPIC_AUTHORIZATION_FAILED,
                 KafkaError.GROUP_AUTHORIZATION_FAILED,

@@ -23,6 +23,7 @@ from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import all_topics, topic_name, topic_of
 from streams.bindings import Binding
+from streams.errors import StateError
 from streams.partition import Work
 from streams.state import StateCodec
 from streams.stats import Stats
@@ -164,8 +165,16 @@ class Handling:
 
         The state that belongs to it may have been built upon, so only that message is replaced, by a dead letter
         without the raw value.
+
+        Raises:
+            StateError: it is the state itself; going on without it would decide wrongly after a restore.
         """
         topic, _, value, _, _ = work.messages[at]
+        if topic == work.partition.changelog:
+            raise StateError(
+                f"{topic} refuses the state of lane {work.lane!r}, {len(value or b'')} bytes: {error}; raise its "
+                f"max.message.bytes to {_STATE_LIMIT}"
+            )
         already_a_letter = topic == _DEAD_LETTERS
         said = f"{topic} refused an output of {0 if value is None else len(value)} bytes: {error}"
         if already_a_letter and len(work.record.value or b"") == 0:

@@ -240,9 +240,7 @@ def _high_watermarks(
 ) -> dict[tuple[str, int], int]:
     wanted = {TopicPartition(place.topic, place.partition): OffsetSpec.latest() for place in places}
     admin = AdminClient(dict(kafka))  # bound: a client that is collected takes its unanswered requests with it
-    futures = admin.list_offsets(
-        wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout_s
-    )
+    futures = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout_s)
     return {(place.topic, place.partition): future.result(timeout_s).offset for place, future in futures.items()}
 
 

@@ -136,6 +136,8 @@ class Transactor:
         with suppress(KafkaException):
             self._producer.abort_transaction(1.0)
         self._producer.flush(1.0)
+        # The client has no close; its threads and connections end with the object.
+        del self._producer
 
 
 def _note(refused: dict[int, KafkaError], index: int) -> Callable[[KafkaError | None, Message], None]:
