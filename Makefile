@@ -8,7 +8,7 @@ UV := $(BIN)/uv --quiet
 # With the development packages there, the other targets use them too: they hold all of the runtime's.
 INSTALLED := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.runtime)
 
-LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-timing"
+LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
 
 .PHONY: demo test bench lint lock clean
 .DEFAULT_GOAL := demo
