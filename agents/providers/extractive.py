@@ -198,28 +198,32 @@ def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], questio
     compares = not _TASK_WORDS.isdisjoint(content_words(question))
     defines = compares or bool(_DEFINITION.search(question))
     base = [_score(item, weights, defines=defines, named=named) for item in candidates]
+    # A comparison owes something to each side before it says more of any.
+    owed = {item.name for item in candidates if compares and _is_named(item, weights)}
     chosen: list[_Candidate] = []
     covered: set[str] = set()
     followers: set[int] = set()
     first = 0.0
     left = set(range(len(candidates)))
     while left and len(chosen) < _MAX_SENTENCES:
-        gains = {index: base[index] * (_news(candidates[index], weights, covered) if chosen else 1.0) for index in left}
+        pool = {index for index in left if candidates[index].name in owed} or left
+        gains = {index: base[index] * (_news(candidates[index], weights, covered) if chosen else 1.0) for index in pool}
         if defines:
-            for index in left & followers:
+            for index in pool & followers:
                 gains[index] *= _FOLLOWS
-        best = min(left, key=lambda index: (-gains[index], index))
+        best = min(pool, key=lambda index: (-gains[index], index))
         item = candidates[best]
         left.discard(best)
         if not chosen:
-            if _share(item, weights) < _FOUND_SENTENCE * total and not (compares and named):
+            if not owed and _share(item, weights) < _FOUND_SENTENCE * total:
                 return []
             first = gains[best]
-        elif gains[best] < _WORTH * first:
+        elif item.name not in owed and gains[best] < _WORTH * first:
             break
         elif any(overlap(item.words, other.words) >= _REDUNDANT for other in chosen):
             continue
         chosen.append(item)
+        owed.discard(item.name)
         if best + 1 < len(candidates) and candidates[best + 1].passage == item.passage:
             followers.add(best + 1)
         covered |= item.words & weights.keys()

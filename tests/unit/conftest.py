@@ -152,6 +152,12 @@ class Harness:
         return Journal(agent=agent.name, source=agent.source, key=key, cause=envelope.metadata, **options)
 
 
+@pytest.fixture(scope="session")
+def make_harness() -> Callable[[], Harness]:
+    """For tests that need a fresh one in each of many examples."""
+    return Harness
+
+
 @pytest.fixture
 def harness() -> Harness:
     return Harness()

@@ -253,14 +253,15 @@ PLANS: list[dict[int, tuple[int, ...]]] = [
 @settings(max_examples=150, deadline=None)
 @given(plan=st.sampled_from(PLANS), seed=st.integers(0, 2**32), troubles=st.floats(0, 0.6), cancels=st.booleans())
 def test_whatever_the_order_and_repeats_a_task_ends_exactly_once(
-    plan: dict[int, tuple[int, ...]], seed: int, troubles: float, cancels: bool
+    make_harness: Any, plan: dict[int, tuple[int, ...]], seed: int, troubles: float, cancels: bool
 ) -> None:
-    asyncio.run(_random_task(plan, random.Random(seed), troubles, cancels))
+    asyncio.run(_random_task(make_harness(), plan, random.Random(seed), troubles, cancels))
 
 
-async def _random_task(plan: dict[int, tuple[int, ...]], chance: random.Random, troubles: float, cancels: bool) -> None:
+async def _random_task(
+    bench: Any, plan: dict[int, tuple[int, ...]], chance: random.Random, troubles: float, cancels: bool
+) -> None:
     """Workers that answer, fail, revise at random; every event may arrive again, any time later."""
-    bench = _bench()
     bench.llm.answers = ["synthesised [1]."] * 3
     lane = Task(bench)
     pending: list[Event] = [proposed(plan)]
@@ -294,15 +295,3 @@ def _worked(out: StepAssigned, chance: random.Random, troubles: float) -> Event:
         return failed(n, out.attempt, retryable=chance.random() < 0.8)
     decision = chance.choice((Assessment.REVISE, Assessment.REJECT))
     return assessed(n, decision, attempt=out.attempt, revision=out.revision, finding="f")
-
-
-_BENCHES: list[Any] = []
-
-
-@pytest.fixture(autouse=True)
-def _remember_bench(harness: Any) -> None:
-    _BENCHES[:] = [type(harness)]
-
-
-def _bench() -> Any:
-    return _BENCHES[0]()
