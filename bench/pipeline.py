@@ -42,6 +42,8 @@ _DOCUMENTS: Final = 40
 _CHARACTERS: Final = 6_000
 _BUDGET_S: Final = 60.0
 _CATCH_UP_S: Final = 120.0
+_MAY_FAIL: Final = 0.02
+"""The Overseer may turn an answer down; that is its work, but a broken pipeline fails more than two in a hundred."""
 _TEMPLATES: Final = (
     "What is {0}?",
     "What does {0} do?",
@@ -61,7 +63,7 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
     """Figures over up to ``rounds`` rounds of ``tasks`` tasks (further rounds only within a minute).
 
     Raises:
-        RuntimeError: a task was not completed, or had two outcomes.
+        RuntimeError: over 2 % of the tasks were not completed, or one had two outcomes.
     """
     documents = list(_corpus())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -87,7 +89,7 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
                     raise RuntimeError("the sinks did not catch up in time")
                 caught_up.append(time.monotonic() - start)
                 timings.append(timing)
-                log(f"{tasks / timing.seconds:.0f} tasks/s, {timing.completed} of {tasks} completed")
+                log(f"{tasks / timing.seconds:.0f} tasks/s, {len(timing.failed)} of {tasks} failed{_reasons(timing)}")
             events = _count_events(servers, before)
             system.check()
     return _figures(tasks, timings, alone, caught_up, events, meter)
@@ -137,10 +139,9 @@ def _drive(load: Load) -> Timing:
     if done.returncode != 0:
         raise RuntimeError(f"the load worker failed: {done.stderr.decode(errors='replace')[-2000:]}")
     timing = Timing(**orjson.loads(done.stdout))
-    if timing.completed != len(load.questions):
-        raise RuntimeError(
-            f"{len(load.questions) - timing.completed} of {len(load.questions)} tasks were not completed"
-        )
+    if len(timing.failed) > _MAY_FAIL * len(load.questions):
+        failed, asked = len(timing.failed), len(load.questions)
+        raise RuntimeError(f"{failed} of {asked} tasks were not completed, the first: {timing.failed[0][:500]}")
     return timing
 
 
@@ -215,6 +216,7 @@ def _figures(
     cpu_s = sum(meter.seconds.values())
     figures = [
         Figure(PART, "tasks at once", "tasks/s", tuple(tasks / one.seconds for one in timings), f"{tasks:,} tasks"),
+        Figure(PART, "tasks not completed", "tasks", tuple(float(len(one.failed)) for one in timings)),
         Figure(PART, "p50 of a task, all at once", "ms", _milliseconds(timings, 0.5), "submitted to outcome"),
         Figure(PART, "p99 of a task, all at once", "ms", _milliseconds(timings, 0.99), "submitted to outcome"),
         Figure(PART, "p50 of a task, one by one", "ms", _milliseconds([alone], 0.5), "nothing else to do"),
@@ -228,6 +230,10 @@ def _figures(
         if seconds / cpu_s >= 0.01:
             figures.append(Figure(PART, f"CPU share: {kind}", "%", (seconds / cpu_s * 100,)))
     return figures
+
+
+def _reasons(timing: Timing) -> str:
+    return "".join(f"\n    {reason[:300]}" for reason in timing.failed[:3])
 
 
 def _milliseconds(timings: list[Timing], share: float) -> tuple[float, ...]:

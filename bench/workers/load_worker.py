@@ -39,11 +39,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """``seconds`` from the first submission to the last outcome, each task's own, and how many were completed."""
+    """``seconds`` from the first submission to the last outcome, and each task's own in ``tasks``.
+
+    ``failed`` says of every task that was not completed what became of it.
+    """
 
     seconds: float
     tasks: list[float]
-    completed: int
+    failed: list[str]
 
 
 def drive(load: Load) -> Timing:
@@ -69,7 +72,7 @@ def drive(load: Load) -> Timing:
     ]
     sent: dict[str, float] = {}
     seen: dict[str, float] = {}
-    completed = 0
+    failed: list[str] = []
 
     def note(event: Event, _: Metadata) -> None:
         assert isinstance(event, TaskSubmitted)
@@ -81,21 +84,21 @@ def drive(load: Load) -> Timing:
             if load.one_by_one:
                 for task in tasks:
                     client.publish([task], on_sent=note)
-                    completed += _collect(consumer, seen, len(seen) + 1)
+                    failed += _collect(consumer, seen, len(seen) + 1)
             else:
                 sender = threading.Thread(target=client.publish, args=(tasks,), kwargs={"on_sent": note}, daemon=True)
                 sender.start()
-                completed = _collect(consumer, seen, len(tasks))
+                failed = _collect(consumer, seen, len(tasks))
                 sender.join()
     finally:
         consumer.close()
-    return Timing(max(seen.values()) - start, [seen[key] - at for key, at in sent.items()], completed)
+    return Timing(max(seen.values()) - start, [seen[key] - at for key, at in sent.items()], failed)
 
 
-def _collect(consumer: Consumer, seen: dict[str, float], wanted: int) -> int:
-    """Read outcomes until ``seen`` has ``wanted``; how many of them were completed."""
+def _collect(consumer: Consumer, seen: dict[str, float], wanted: int) -> list[str]:
+    """Read outcomes until ``seen`` has ``wanted``; those that are no TaskCompleted, in words."""
     codec = Codec()
-    completed = 0
+    failed: list[str] = []
     last = time.monotonic()
     while len(seen) < wanted:
         message = consumer.poll(0.2)
@@ -111,8 +114,10 @@ def _collect(consumer: Consumer, seen: dict[str, float], wanted: int) -> int:
         if key in seen:
             raise RuntimeError(f"task {key} has two outcomes")
         seen[key] = now
-        completed += isinstance(codec.decode(Record.from_message(message)).event, TaskCompleted)
-    return completed
+        event = codec.decode(Record.from_message(message)).event
+        if not isinstance(event, TaskCompleted):
+            failed.append(f"{type(event).__name__}: {event}")
+    return failed
 
 
 if __name__ == "__main__":
