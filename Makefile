@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv --quiet
 
+SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes
+
 # With the development packages there, the other targets use them too: they hold all of the runtime's.
-INSTALLED := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.runtime)
+INSTALLED := $(VENV)/.installed-$(if $(wildcard $(VENV)/.packages-dev),dev,runtime)
 
 LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
 
@@ -16,13 +18,13 @@ LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
 demo: $(INSTALLED)
 	$(BIN)/magnatronic demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.installed-dev
 	@$(call run_all,$(LINTS) "pytest")
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.installed-dev
 	@$(call run_all,$(LINTS))
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench
 
 # Keeps the pins that still fit; `make lock UV_FLAGS=--upgrade` takes the newest of all. The runtime's lock takes its
@@ -44,17 +46,17 @@ $(VENV)/.uv: requirements/bootstrap.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
-$(VENV)/.runtime: requirements/runtime.txt pyproject.toml $(VENV)/.uv
-	$(call install,$<)
+# What uv knows already is taken without asking the network.
+$(VENV)/.packages-%: requirements/%.txt $(VENV)/.uv
+	@echo "installing $<"
+	@$(SYNC) --offline $< 2> /dev/null || $(SYNC) $<
+	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt pyproject.toml $(VENV)/.uv
-	$(call install,$<)
+$(VENV)/.installed-%: $(VENV)/.packages-% pyproject.toml
+	@$(UV) pip install --python $(BIN)/python --offline --no-deps --no-build-isolation --editable .
+	@touch $@
 
-define install
-$(UV) pip sync --python $(BIN)/python --require-hashes $(1)
-$(UV) pip install --python $(BIN)/python --offline --no-deps --no-build-isolation --editable .
-@touch $@
-endef
+.SECONDARY:
 
 # Runs every check, then says which of them failed.
 define run_all
