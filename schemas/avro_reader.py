@@ -2,7 +2,7 @@
 
 In: two schema trees. Out: a function from bytes to plain values (a dict for a record) with every field of the reader.
 Compiled because it is the hot path: the function is straight-line code without any dispatch on types, and was measured
-faster than fastavro's C reader (docs/decisions/0005). It trusts no length, count or index: each is held against the bytes
+faster than fastavro (docs/decisions/0005). It trusts no length, count or index: each is held against the bytes
 that are left, and what a schema could do wrong was refused by :mod:`schemas.avro_schema`.
 """
 
