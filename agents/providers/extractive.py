@@ -79,7 +79,7 @@ _ABOUT_PROJECT = re.compile(
     r"\b(?:badge|licen[sc]ed?|copyright|sponsor|donat\w*|contribut\w*|changelog|pull requests?|code of conduct|"
     r"mailing list|stack overflow|discord|slack|github issues|bug reports?|release notes|readthedocs|"
     r"(?:alpha|beta) release|documentation (?:is|can be|for)|official documentation|"
-    r"for more|for details|see the|see our|pre-release|thanks to)\b|#\d+",
+    r"for more|for details|see the|see our|pre-release|thanks to|tidelift|github actions)\b|#\d+",
     re.IGNORECASE,
 )
 _TASK_WORDS: Final = frozenset(
@@ -108,7 +108,7 @@ def _traits(text: str) -> _Traits:
         weight *= _DANGLING
     if _ABOUT_PROJECT.search(text):
         weight *= _ASIDE
-    if len(words) < 4:
+    if len(words) < 4 or (": " in text and text.count(", ") >= 3):  # a fragment, or a list of things
         weight *= 0.7
     match = _IS_A.match(text)
     return _Traits(words, weight, frozenset(content_words(match["name"])) if match else frozenset())
@@ -319,8 +319,9 @@ _JOIN = re.compile(
     rf"\s*[,;]?\s+(?:and|and then|then|but|also|and also)\s+(?={_ASKS}\b)|\s*[;,]\s+(?={_ASKS}\b)", re.IGNORECASE
 )
 _SUBJECT = re.compile(
-    r"^\s*(?:what(?:'s|\s+is|\s+are|\s+does|\s+do)|who\s+is|tell me about|describe|explain"
-    r"|how\s+do\s+i\s+\w+|how\s+to\s+\w+)"
+    r"^\s*(?:what(?:'s|\s+is|\s+are|\s+does|\s+do)|who\s+is|tell me about|describe|explain|"
+    r"how\s+(?:do|can|should)\s+(?:i|you|we|one)\s+\w+|how\s+to\s+\w+|"
+    r"(?:how|why|when|where)\s+(?:does|do|is|are|can|should)|does|do|is|are|can)"
     r"\s+(?:the\s+|a\s+|an\s+)?(?P<subject>[\w.\-]+)",
     re.IGNORECASE,
 )

@@ -98,6 +98,10 @@ async def test_rules_of_english_cut_compound_questions(harness: Any) -> None:
         ("retrieve", "What is click?", 0),
         ("retrieve", "How is click installed?", 0),
     ]
+    assert await cut("How does milvus-lite store data, and what are its limits?") == [
+        ("retrieve", "How does milvus-lite store data?", 0),
+        ("retrieve", "What are milvus-lite's limits?", 0),
+    ]
     for question in (
         "Compare fastavro with avro",
         "fastavro vs avro",
