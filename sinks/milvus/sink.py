@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from schemas.events import ChunkEmbedded, DocumentIndexed
 from schemas.topics import topic_of
-from sinks.milvus.store import ChunkRow, MilvusStore, collection_name
+from sinks.errors import StoreError
+from sinks.milvus.store import ChunkRow, MilvusStore, collection_name, row_key
 from sinks.sink import Offsets, Sink, SinkRecord
 
 __all__ = ["MilvusSink"]
@@ -64,8 +65,12 @@ class MilvusSink(Sink):
         # In every model's collection: the old text of a document is stale whoever embedded it.
         for collection in self._store.collections():
             # Again until nothing is found: of a document with very many chunks not all are seen at once.
+            before: list[str] = []
             while stale := self._stale(collection, net.standing):
+                if stale == before:
+                    raise StoreError(f"Milvus keeps {len(stale)} chunks of {collection} that it was told to delete")
                 self._store.delete(collection, stale)
+                before = stale
 
     def _stale(self, collection: str, standing: dict[str, set[str]]) -> list[str]:
         there = self._store.chunk_ids(collection, standing)
@@ -80,12 +85,13 @@ class _Net:
         self._chunks: dict[str, dict[str, ChunkEmbedded]] = {}
 
     def embedded(self, event: ChunkEmbedded) -> None:
-        self._chunks.setdefault(event.document_id, {})[event.chunk_id] = event
+        key = row_key(event.chunk_id)
+        self._chunks.setdefault(event.document_id, {})[key] = event
         if event.document_id in self.standing:
-            self.standing[event.document_id].add(event.chunk_id)
+            self.standing[event.document_id].add(key)
 
     def indexed(self, event: DocumentIndexed) -> None:
-        standing = set(event.chunk_ids)
+        standing = set(map(row_key, event.chunk_ids))
         self.standing[event.document_id] = standing
         chunks = self._chunks.get(event.document_id, {})
         for chunk_id in chunks.keys() - standing:
@@ -102,7 +108,7 @@ class _Net:
 
 def _row(chunk: ChunkEmbedded) -> ChunkRow:
     return ChunkRow(
-        chunk_id=chunk.chunk_id,
+        chunk_id=row_key(chunk.chunk_id),
         document_id=chunk.document_id,
         ordinal=chunk.ordinal,
         title=chunk.title,

@@ -23,11 +23,13 @@ from agents.context import Vectors
 from schemas.metadata import deterministic_id
 from sinks.errors import StoreBusyError, StoreError
 
-__all__ = ["ChunkRow", "Hit", "MilvusStore", "collection_name", "document_key"]
+__all__ = ["ChunkRow", "Hit", "MilvusStore", "collection_name", "document_key", "row_key"]
 
 # What it logs is raised as an exception too, and told of where that is handled.
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 logging.getLogger("milvus_lite").setLevel(logging.CRITICAL)
+# Milvus Lite's server logs every call of the client that it does not know; the client does without them.
+logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
 
 _PREFIX: Final = "chunks_"
 _OFFSETS: Final = "sink_offsets"
@@ -40,7 +42,9 @@ _MOST_ROWS: Final = 16_384
 _PAGE: Final = 8_192
 """Ids in one delete."""
 
-_NO_COLLECTION: Final = 100
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_./:-]{1,200}")
+"""Ids that need no escaping in a filter, whoever parses it."""
+
 _RESULT: Final = ("chunk_id", "document_id", "title", "heading", "source", "text")
 
 ResultT = TypeVar("ResultT")
@@ -80,6 +84,11 @@ def collection_name(model: str, version: str, dimensions: int) -> str:
     'chunks_all_MiniLM_L6_v2_1_0_384'
     """
     return _PREFIX + re.sub(r"\W", "_", f"{model}_{version}_{dimensions}", flags=re.ASCII)[:200]
+
+
+def row_key(chunk_id: str) -> str:
+    """The primary key of a chunk: its id, hashed where it is not the plain kind that the Embedder makes."""
+    return chunk_id if _PLAIN.fullmatch(chunk_id) else deterministic_id("row", chunk_id)
 
 
 def document_key(document_id: str) -> str:

@@ -255,7 +255,7 @@ async def test_a_rebuild_starts_at_the_beginning(index: Index) -> None:
 
 
 async def test_equal_scores_are_ordered_by_id(index: Index) -> None:
-    names = [f"copy {n:02}" for n in range(6)]
+    names = [f"copy-{n:02}" for n in range(6)]
     index.write(*(index.chunk("d1", name, vector="same") for name in reversed(names)))
     for limit in (2, 4, 6):
         assert await index.texts("same", limit=limit) == names[:limit]
