@@ -17,7 +17,7 @@ from schemas.events import Event, Priority
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.topics import key_of
 
-__all__ = ["LaneState", "StepResult", "decision_time", "failure_of", "run_failure", "run_step"]
+__all__ = ["LaneState", "StepResult", "decision_time", "failure_of", "live_state", "run_failure", "run_step"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -50,6 +50,16 @@ def decision_time(timestamp_ms: int, state: LaneState | None) -> datetime:
     return now if state is None or now >= state.now else state.now
 
 
+def live_state(state: LaneState | None, timestamp_ms: int) -> LaneState | None:
+    """The lane's state as an event of this timestamp sees it: None at or past its expiry.
+
+    Record time decides, not the clock, so that an event sees the same however late it is handled, or replayed.
+    """
+    if state is None or state.expires_at is None or _EPOCH + timedelta(milliseconds=timestamp_ms) < state.expires_at:
+        return state
+    return None
+
+
 def failure_of(error: BaseException) -> Failure:
     """What ``error`` means for its step. Only failed effects can be worth another attempt: a deterministic handler
     that raises anything else will raise it again.
@@ -73,6 +83,7 @@ async def run_step(
     Raises:
         Exception: whatever the handler raised; nothing it emitted counts.
     """
+    state = live_state(state, timestamp_ms)
     ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
     await agent.handle(envelope.event, ctx)
     return _result(agent, envelope, ctx, state, kind="")
@@ -93,6 +104,7 @@ async def run_failure(
     Raises:
         Exception: whatever ``on_failure`` raised.
     """
+    state = live_state(state, timestamp_ms)
     ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
     await agent.on_failure(envelope.event, failure, ctx)
     return _result(agent, envelope, ctx, state, kind="failure")

@@ -76,7 +76,7 @@ class Handling:
         envelope, partition, agent = work.envelope, work.partition, self._agent
         assert envelope is not None
         timestamp, priority = work.record.timestamp_ms, partition.priority
-        state = partition.state.get(work.lane, timestamp)
+        state = partition.state.get(work.lane)
         journal = Journal(
             agent=agent.name,
             source=self._source,

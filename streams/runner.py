@@ -38,8 +38,9 @@ class Runner:
     """Runs a processor for each binding.
 
     A processor that stops with a retryable error (Kafka or the registry away) is started again with backoff. So is one
-    that was fenced after it had run for a minute: the machine slept, say, and its slot is still its own. Any other
-    error stops them all, gracefully, and is raised by :meth:`run`.
+    that was fenced: the machine slept, or a transaction timed out while the broker was away. Fenced again within a
+    minute it has a rival with the same slot. That, and any other error, stops them all, gracefully, and is raised by
+    :meth:`run`.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Runner:
 
     async def _keep(self, binding: Binding) -> None:
         backoff_s = _FIRST_BACKOFF_S
+        fenced_at = -_STEADY_S
         while not self._stop.is_set():
             processor = self.processors[binding.agent.name] = Processor(
                 binding,
@@ -113,10 +115,12 @@ class Runner:
                 await processor.run()
                 return
             except ProcessorError as error:
-                steady = time.monotonic() - started > _STEADY_S
-                if not error.retryable and not (steady and isinstance(error, FencedError)):
-                    raise
-                if steady:
+                now = time.monotonic()
+                if not error.retryable:
+                    if not isinstance(error, FencedError) or now - fenced_at < _STEADY_S:
+                        raise
+                    fenced_at = now
+                if now - started > _STEADY_S:
                     backoff_s = _FIRST_BACKOFF_S
                 log.warning("%s stopped and starts again in %.1f s: %s", processor.name, backoff_s, error)
             try:

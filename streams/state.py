@@ -105,8 +105,8 @@ def _micros(time: datetime) -> int:
 class StateStore:
     """The lane states of one input partition.
 
-    Expiry is decided by record time, the partition's latest record timestamp, never by the clock: a state is gone for
-    an event exactly if the event's timestamp is at or past its expiry, however late the event is handled.
+    Expiry goes by record time, as for the events themselves (:func:`agents.step.live_state`), never by the clock: what
+    is forgotten here is what no event of the partition would see any more.
     """
 
     __slots__ = ("_expiring", "_states")
@@ -123,12 +123,9 @@ class StateStore:
         """How many lanes have state."""
         return len(self._states)
 
-    def get(self, lane: str, timestamp_ms: int) -> LaneState | None:
-        """The lane's state for an event of this timestamp."""
-        state = self._states.get(lane)
-        if state is None or state.expires_at is None:
-            return state
-        return None if _EPOCH + timedelta(milliseconds=timestamp_ms) >= state.expires_at else state
+    def get(self, lane: str) -> LaneState | None:
+        """The lane's state, which may be past its expiry (see :func:`agents.step.live_state`)."""
+        return self._states.get(lane)
 
     def set(self, lane: str, state: LaneState | None) -> None:
         """Put or delete the lane's state."""

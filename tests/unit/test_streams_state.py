@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from agents.step import LaneState
+from agents.step import LaneState, live_state
 from streams.errors import StateError
 from streams.state import StateCodec, StateStore, changelog_topic
 
@@ -60,14 +60,15 @@ def test_expiry_goes_by_the_time_of_records() -> None:
     state = LaneState(Model(text="x"), NOW, NOW + timedelta(seconds=10))
     store = StateStore({"lane": state, "other": LaneState(Model(text="y"), NOW)})
     early, late = milliseconds(NOW), milliseconds(NOW + timedelta(seconds=11))
-    assert store.get("lane", early) == state
-    assert store.get("lane", late) is None
+    assert store.get("lane") == state
+    assert live_state(state, early) == state
+    assert live_state(state, late) is None
     assert store.expire(early, busy=()) == []
     assert store.expire(late, busy={"lane"}) == []
     assert store.expire(late, busy=()) == ["lane"]
     assert len(store) == 1
-    assert store.get("lane", early) is None
-    assert store.get("other", late) is not None
+    assert store.get("lane") is None
+    assert store.get("other") is not None
 
 
 def test_a_renewed_state_outlives_its_first_expiry() -> None:
