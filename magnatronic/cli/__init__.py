@@ -14,6 +14,7 @@ from typing import Final
 import click
 
 from magnatronic.errors import WrongInputError
+from magnatronic.roots import assert_import_roots
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
+        assert_import_roots()
         result = cli.main(args=arguments, prog_name="magnatronic", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

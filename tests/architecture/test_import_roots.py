@@ -43,6 +43,16 @@ def test_clash_is_told_in_one_line(tmp_path: Path) -> None:
     assert "uninstall openai-agents" in last
 
 
+def test_the_command_line_tells_a_clash_before_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "__init__.py").write_text("")
+    done = _run(tmp_path, "from magnatronic.cli import main; main(['topics'])")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "another package shadows Magnatronic's 'agents'" in done.stderr
+
+
 def test_clash_without_metadata_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "streams.py").write_text("")
     done = _run(tmp_path, "from magnatronic.roots import assert_import_roots; assert_import_roots()")
