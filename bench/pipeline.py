@@ -56,7 +56,23 @@ _TEMPLATES: Final = (
     "What are the features of {0}?",
     "How can I contribute to {0}?",
     "What is {0}, and what is {1}?",
+    "Where is the documentation of {0}?",
+    "What is new in {0}?",
+    "Which platforms does {0} run on?",
+    "How do I run the tests of {0}?",
+    "What problem does {0} solve?",
+    "Does {0} work with asyncio?",
+    "What does {0} depend on?",
+    "How fast is {0}?",
+    "Can {0} be configured?",
+    "What are the limits of {0}?",
+    "How do I install {0}, and how do I install {1}?",
+    "How are errors handled in {0}?",
+    "Who uses {0}?",
+    "What is a simple example of {0}?",
 )
+_OPENERS: Final = ("", "Please tell me: ", "I would like to know: ", "Say in a few words: ", "A question: ")
+"""One a round: no question comes twice, so no cache has its vector."""
 
 
 def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figure]:
@@ -73,8 +89,8 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
             with Client(servers, name="bench") as client:
                 ingested = ingest(client, documents)
             log(f"{ingested.indexed} documents, {ingested.chunks} chunks in {ingested.seconds:.1f} s")
-            _drive(Load(servers, PARTITIONS, "warm-up", _questions(documents, max(20, tasks // 10), 1)))
-            alone = _drive(Load(servers, PARTITIONS, "alone", _questions(documents, 20, 2), one_by_one=True))
+            _drive(Load(servers, PARTITIONS, "warm-up", _questions(documents, max(20, tasks // 10), 3)))
+            alone = _drive(Load(servers, PARTITIONS, "alone", _questions(documents, 20, 4), one_by_one=True))
             meter = _Meter(system.info.broker_pid)
             timings: list[Timing] = []
             caught_up: list[float] = []
@@ -82,7 +98,8 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
             began = time.monotonic()
             while len(timings) < rounds and (not timings or time.monotonic() - began < _BUDGET_S):
                 meter.start()
-                timing = _drive(Load(servers, PARTITIONS, f"round-{len(timings)}", _questions(documents, tasks, 3)))
+                number = len(timings)
+                timing = _drive(Load(servers, PARTITIONS, f"round-{number}", _questions(documents, tasks, number)))
                 meter.stop()
                 start = time.monotonic()
                 if not call(data_dir, "catch_up", timeout=_CATCH_UP_S):
@@ -113,15 +130,14 @@ def _corpus() -> Iterator[DocumentSubmitted]:
         )
 
 
-def _questions(documents: list[DocumentSubmitted], count: int, salt: int) -> list[str]:
-    """``count`` questions about the documents; one in eleven is compound. ``salt`` picks where they begin."""
+def _questions(documents: list[DocumentSubmitted], count: int, opener: int) -> list[str]:
+    """``count`` different questions about the documents, up to 1,000; two in 25 are compound."""
     names = [document.title for document in documents]
     questions = []
     for number in range(count):
-        place = number + salt * 7
-        template = _TEMPLATES[place % len(_TEMPLATES)]
-        first, second = names[place // len(_TEMPLATES) % len(names)], names[(place * 5 + 3) % len(names)]
-        questions.append(template.format(first, second))
+        template, place = _TEMPLATES[number % len(_TEMPLATES)], number // len(_TEMPLATES)
+        asked = template.format(names[place % len(names)], names[(place * 7 + 3) % len(names)])
+        questions.append(_OPENERS[opener % len(_OPENERS)] + asked)
     return questions
 
 
