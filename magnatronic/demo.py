@@ -8,7 +8,6 @@ documents go through the log, are chunked, embedded and indexed by the agents, a
 import importlib.metadata
 import re
 import threading
-from dataclasses import dataclass
 from typing import Final, Self
 
 import psutil
@@ -16,29 +15,22 @@ import psutil
 from magnatronic.ingest import split_document
 from schemas.events import DocumentSubmitted
 
-__all__ = ["QUESTIONS", "MemoryMeter", "Question", "installed_documents"]
+__all__ = ["QUESTIONS", "MemoryMeter", "installed_documents"]
 
 _MEDIA_TYPES: Final = frozenset({"text/markdown", "text/plain", "text/x-rst"})
 _SAMPLE_S: Final = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked; ``needs`` are the distributions whose documents answer it."""
-
-    text: str
-    needs: tuple[str, ...]
-
-
 QUESTIONS: Final = (
-    Question("How does faust-streaming relate to Kafka Streams?", ("faust-streaming",)),
-    Question("What is fastavro and why is it fast?", ("fastavro",)),
-    Question("How can I make an asynchronous HTTP request with httpx?", ("httpx",)),
-    Question("Which types can orjson serialize natively?", ("orjson",)),
-    Question("What does uvloop replace, and how much faster is it?", ("uvloop",)),
-    Question("Compare click and rich: what is each of them for?", ("click", "rich")),
+    "What does psutil do?",
+    "What is Milvus Lite?",
+    "How many times are connection errors retried by openai?",
+    "How much faster is uvloop than asyncio?",
+    "Which types can orjson serialize natively?",
+    "What is chDB?",
+    "Compare click and rich.",
 )
-"""Asked of whoever runs the demo's own dependencies: all are locked, so all are installed. The last one is compound."""
+"""About dependencies of this project, so that they are installed wherever the demo runs. The last one is compound."""
 
 
 def installed_documents() -> list[DocumentSubmitted]:

@@ -28,4 +28,6 @@ def log_to(path: Path, level: str) -> None:
     # What these say at INFO is each request they make.
     for talkative in ("httpx", "httpcore", "filelock", "urllib3", "openai", "anthropic", "google_genai", "asyncio"):
         logging.getLogger(talkative).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    # Milvus Lite does not have every call of a server; its client then does without.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)

@@ -163,9 +163,7 @@ class System:
         def failed(error: BaseException) -> None:
             loop.call_soon_threadsafe(self._fail, role, error)
 
-        runner = SinkRunner(
-            self._workbench.sink(role), codec=codec, kafka=self.kafka, instance="0", on_error=failed
-        )
+        runner = SinkRunner(self._workbench.sink(role), codec=codec, kafka=self.kafka, instance="0", on_error=failed)
         self._sinks[role] = runner
         runner.start()
 

@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
+_TABLES = {
+    "Steps": """
+        SELECT
+            dense_rank() OVER (ORDER BY started, task_id) AS task, splitByChar('/', step_id)[-1] AS step,
+            s.objective AS objective, agent, status, round(groundedness, 2) AS grounded, work_ms, duration_ms
+        FROM steps AS s
+        INNER JOIN (SELECT task_id, min(assigned_at) AS started FROM steps GROUP BY task_id) AS t USING task_id
+        ORDER BY task, assigned_at, step
+    """,
+    "Tasks": """
+        SELECT objective, status, steps, llm_calls, tokens, duration_ms FROM tasks ORDER BY submitted_at
+    """,
+    "Language model": """
+        SELECT provider, model, count() AS calls, sum(prompt_tokens) AS prompt_tokens,
+            sum(completion_tokens) AS completion_tokens, sum(cost_usd) AS cost_usd,
+            round(quantile(0.5)(latency_ms), 1) AS p50_ms
+        FROM llm_calls GROUP BY provider, model ORDER BY calls DESC
+    """,
+}
 
 
 @click.command()
@@ -99,9 +118,10 @@ class _Demo:
         documents = installed_documents()
         characters = sum(len(document.text) for document in documents)
         self._head(f"2. {len(documents)} real READMEs, {characters / 1e6:.1f} million characters, become vectors")
-        with self._lines_of_progress(len(documents)) as lines, show_progress(
-            self._out, "documents", len(documents)
-        ) as progress:
+        with (
+            self._lines_of_progress(len(documents)) as lines,
+            show_progress(self._out, "documents", len(documents)) as progress,
+        ):
 
             def update(report: "IngestReport") -> None:
                 progress(report)
@@ -122,8 +142,8 @@ class _Demo:
         self._head(f"3. {len(QUESTIONS)} questions; every step of every answer is an event on Kafka")
         outcomes = []
         for question in QUESTIONS:
-            self._print(f"\n[bold]{question.text}[/]")
-            outcome = ask_live(client, question.text, self._out, timeout=60)
+            self._print(f"\n[bold]{question}[/]")
+            outcome = ask_live(client, question, self._out, timeout=60)
             outcomes.append(outcome)
             if self._out.as_json:
                 continue
@@ -138,7 +158,7 @@ class _Demo:
 
         self._head("4. SQL over what happened: every step and its timings, from ClickHouse")
         tables = {}
-        for name, sql in _queries():
+        for name, sql in _TABLES.items():
             answer = run_query(sql, data_dir=self._settings.data_dir, wait=True)
             tables[name] = [dict(zip(answer["columns"], row, strict=True)) for row in answer["rows"]]
             if not self._out.as_json:
@@ -152,9 +172,7 @@ class _Demo:
         from replay.task import replay_task
 
         self._head("5. The last task is decided again from the log, and every output compared by hash")
-        report = replay_task(
-            outcome.task_id, agents=all_agents(), kafka=system.kafka, codec=make_codec(self._settings)
-        )
+        report = replay_task(outcome.task_id, agents=all_agents(), kafka=system.kafka, codec=make_codec(self._settings))
         if not self._out.as_json:
             print_replay(report, self._out)
         return report
@@ -182,7 +200,9 @@ class _Demo:
             "peak_gib": round(peak, 2),
         }
         self._head("Done")
-        self._say(f"{answered} of {asked} questions answered with citations; replay {'identical' if replayed else 'DIFFERS'}")
+        self._say(
+            f"{answered} of {asked} questions answered with citations; replay {'identical' if replayed else 'DIFFERS'}"
+        )
         self._say(
             f"{ingested.indexed} documents, {ingested.chunks} chunks, {events:,} events in {seconds:.0f} s "
             f"(start {ready:.0f} s, indexing {ingested.seconds:.0f} s); at most {peak:.2f} GiB of memory, all processes"
@@ -230,9 +250,3 @@ class _Demo:
                 self._say(f"{report.indexed} of {total} documents, {report.chunks} chunks")
 
         yield update
-
-
-def _queries() -> list[tuple[str, str]]:
-    from sinks.clickhouse.queries import named_query
-
-    return [(query.title, query.sql) for query in map(named_query, ("step-timings", "cost-by-model"))]
