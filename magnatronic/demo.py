@@ -8,6 +8,7 @@ documents go through the log, are chunked, embedded and indexed by the agents, a
 import importlib.metadata
 import re
 import threading
+from collections.abc import Mapping
 from typing import Final, Self
 
 import psutil
@@ -44,13 +45,12 @@ def installed_documents() -> list[DocumentSubmitted]:
 
 
 def _document(distribution: importlib.metadata.Distribution) -> DocumentSubmitted | None:
-    metadata = distribution.metadata
-    name = metadata["Name"]
-    text = metadata.json.get("description") or ""
-    if not name or not isinstance(text, str) or not text.strip():
+    metadata = distribution.metadata.json
+    name, text = metadata.get("name"), metadata.get("description")
+    if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
         return None
     normal = re.sub(r"[-_.]+", "-", name).lower()
-    declared = (metadata.get("Description-Content-Type") or "").partition(";")[0].strip().lower()
+    declared = str(metadata.get("description_content_type", "")).partition(";")[0].strip().lower()
     # The core metadata specification: without a declared type, take it for reStructuredText.
     return DocumentSubmitted(
         document_id=f"distribution:{normal}",
@@ -62,13 +62,13 @@ def _document(distribution: importlib.metadata.Distribution) -> DocumentSubmitte
     )
 
 
-def _home(metadata: importlib.metadata.PackageMetadata) -> str:
+def _home(metadata: Mapping[str, str | list[str]]) -> str:
     """The distribution's first project link, which is usually its home page or repository."""
-    for entry in metadata.get_all("Project-URL") or ():
-        _, _, url = str(entry).partition(",")
+    for entry in metadata.get("project_url", ()):
+        _, _, url = entry.partition(",")
         if url.strip():
-            return str(url).strip()
-    return str(metadata.get("Home-page") or "")
+            return url.strip()
+    return str(metadata.get("home_page", ""))
 
 
 class MemoryMeter:

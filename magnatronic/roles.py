@@ -31,7 +31,7 @@ from sinks.milvus.store import MilvusStore
 from sinks.sink import Sink
 from streams.bindings import Binding
 
-__all__ = ["AGENT_ROLES", "ROLES", "Workbench", "all_agents", "agents_of"]
+__all__ = ["AGENT_ROLES", "ROLES", "Workbench", "agents_of", "all_agents"]
 
 AGENT_ROLES: Final = ("decomposer", "coordinator", "retriever", "researcher", "overseer", "embedder")
 """Each agent is a role of its own."""

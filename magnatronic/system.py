@@ -31,7 +31,7 @@ from schemas.codec import Codec
 from sinks.runner import SinkRunner
 from streams.runner import Runner
 
-__all__ = ["RunningSystem", "System", "SystemInfo"]
+__all__ = ["FolderLock", "RunningSystem", "System", "SystemInfo", "first_of", "new_event_loop"]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _CATCH_UP_S: Final = 30.0
@@ -186,7 +186,7 @@ class System:
             self.failure.set_result(failure)
 
     async def _watch_broker(self, broker: EmbeddedBroker) -> None:
-        while broker.running:
+        while broker.running:  # noqa: ASYNC110 - it is a process, which sets no event
             await asyncio.sleep(0.5)
         raise PartFailedError(f"the Kafka process ended; its log is {broker.log_path}")
 
@@ -367,7 +367,7 @@ class RunningSystem:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             try:
                 runner.run(self._main())
-            except BaseException as error:  # handed to the thread that waits in __enter__
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits in __enter__
                 self._error = error
             finally:
                 self._up.set()
@@ -380,6 +380,14 @@ class RunningSystem:
             await self._stop.wait()
         finally:
             await self._system.stop()
+
+
+async def first_of(stop: asyncio.Event, failure: "asyncio.Future[Any]") -> None:
+    """Wait until ``stop`` is set or ``failure`` is there."""
+    stopping = asyncio.ensure_future(stop.wait())
+    waiting: list[asyncio.Future[Any]] = [stopping, failure]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -28,7 +28,7 @@ def up(*, data_dir: Path | None, out: Output) -> int:
     process, however it ends: started again, it goes on where it was.
     """
     from magnatronic.logs import log_to
-    from magnatronic.system import FolderLock, System
+    from magnatronic.system import FolderLock, System, first_of
 
     settings = load_settings(data_dir)
     FolderLock(settings.data_dir).check()
@@ -41,9 +41,7 @@ def up(*, data_dir: Path | None, out: Output) -> int:
             return 0
         _say_where(info, out)
         assert system.failure is not None
-        stopping = asyncio.ensure_future(stop.wait())
-        await asyncio.wait([stopping, system.failure], return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await first_of(stop, system.failure)
         failure = system.failure.result() if system.failure.done() else None
         if failure is None:
             out.progress.print("[dim]stopping …[/]")

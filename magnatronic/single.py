@@ -1,0 +1,136 @@
+"""One role alone in this process, on a cluster or beside a running system.
+
+In: a role's name and the system found. Out: :class:`SingleRole`, which runs the role's agents or sink until it is
+stopped. Many processes may run the same role; each holds a slot, which names it to Kafka and is the same after a
+restart.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from magnatronic.discovery import FoundSystem
+from magnatronic.errors import PartFailedError, WrongInputError
+from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.roles import SINK_ROLES, Workbench, agents_of
+from magnatronic.system import first_of
+from sinks.runner import SinkRunner
+from streams.runner import Runner
+from streams.slots import SlotLock
+
+__all__ = ["SingleRole"]
+
+_READY_TIMEOUT_S: Final = 60.0
+
+
+class SingleRole:
+    """Runs ``role``. ``slot`` names this instance; by default the lowest that no process of this machine holds.
+
+    Raises:
+        WrongInputError: there is no such role, or it needs a store that only the system on the data folder can open.
+    """
+
+    def __init__(self, role: str, found: FoundSystem, *, slot: str | None = None) -> None:
+        self._agents = agents_of(role)
+        self.role = role
+        self.settings = found.settings
+        self._check_stores()
+        self._lock = SlotLock(self.settings.data_dir, role) if slot is None else None
+        self.slot = str(self._lock.slot if self._lock is not None else slot)
+        self._kafka: dict[str, Any] = {**found.kafka, "logger": KAFKA_LOGGER}
+        self._found = found
+        self._workbench = Workbench(self.settings)
+        self._runner: Runner | None = None
+        self._sink: SinkRunner | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._failure: asyncio.Future[BaseException] | None = None
+
+    def _check_stores(self) -> None:
+        """An embedded store's files have one owner, and that is the process of ``magnatronic up``."""
+        settings = self.settings
+        if self.role == "sink-clickhouse" and settings.clickhouse_url is None:
+            raise WrongInputError("run sink-clickhouse needs a server: set MAGNATRONIC_CLICKHOUSE_URL")
+        recalls = self.role == "sink-milvus" or bool({"retriever", "researcher"} & set(self._agents))
+        if recalls and settings.milvus_uri is None:
+            raise WrongInputError(f"run {self.role} needs a Milvus server: set MAGNATRONIC_MILVUS_URI")
+
+    async def start(self) -> None:
+        """Start; returns when it works. When it raises, nothing is left running.
+
+        Raises:
+            PartFailedError: it failed or was not ready in time.
+        """
+        loop = asyncio.get_running_loop()
+        self._failure = loop.create_future()
+        try:
+            codec = self._found.codec()
+            if self.role in SINK_ROLES:
+                sink = await asyncio.to_thread(self._workbench.sink, self.role)
+                self._sink = SinkRunner(
+                    sink,
+                    codec=codec,
+                    kafka=self._kafka,
+                    instance=self.slot,
+                    on_error=self._failed_elsewhere(loop),
+                )
+                self._sink.start()
+                await asyncio.to_thread(self._sink.wait_caught_up, 0.0)
+            else:
+                ports = await asyncio.to_thread(self._workbench.ports, self._agents)
+                self._runner = Runner(
+                    self._workbench.bindings(self._agents), codec=codec, kafka=self._kafka, ports=ports, slot=self.slot
+                )
+                self._work = loop.create_task(self._runner.run())
+                self._work.add_done_callback(self._ended)
+                await self._wait_ready(self._runner)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _wait_ready(self, runner: Runner) -> None:
+        assert self._failure is not None
+        async with asyncio.timeout(_READY_TIMEOUT_S):
+            while not runner.ready:
+                if self._failure.done():
+                    raise self._as_failure(self._failure.result())
+                await asyncio.sleep(0.05)
+
+    def _ended(self, work: "asyncio.Task[None]") -> None:
+        if not work.cancelled() and (error := work.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_result(error)
+
+    def _failed_elsewhere(self, loop: asyncio.AbstractEventLoop) -> Callable[[BaseException], None]:
+        """:meth:`_fail`, for another thread to call."""
+
+        def failed(error: BaseException) -> None:
+            loop.call_soon_threadsafe(self._fail, error)
+
+        return failed
+
+    def _as_failure(self, error: BaseException) -> PartFailedError:
+        failure = PartFailedError(f"{self.role} failed: {error}")
+        failure.__cause__ = error
+        return failure
+
+    async def until(self, stop: asyncio.Event) -> PartFailedError | None:
+        """Wait until ``stop`` is set, or the role fails; the failure."""
+        assert self._failure is not None
+        await first_of(stop, self._failure)
+        return self._as_failure(self._failure.result()) if self._failure.done() else None
+
+    async def stop(self) -> None:
+        """Finish and commit what is in flight, and let go of everything."""
+        if self._runner is not None and self._work is not None:
+            self._runner.stop()
+            with contextlib.suppress(Exception):  # why it failed is told by `until`
+                await self._work
+        if self._sink is not None:
+            await asyncio.to_thread(self._sink.stop)
+        await asyncio.to_thread(self._workbench.close)
+        if self._lock is not None:
+            self._lock.release()
