@@ -1,0 +1,182 @@
+"""A running system, used as its users do: the console script in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from magnatronic.control import call
+from magnatronic.errors import MagnatronicError
+
+SCRIPT = Path(sys.executable).with_name("magnatronic")
+
+CORPUS = {
+    "widgets.md": "# Widgets\n\nA widget is a small device that turns heat into light. Widgets were invented in 1901 by "
+    "Ada Lamp.\n\n## Care\n\nClean a widget with a dry cloth. Never put a widget under water.\n",
+    "gadgets.rst": "Gadgets\n=======\n\nA gadget is a tool that counts the steps of a dog. Gadgets run for nine days on "
+    "one battery.\n",
+    "sprockets.txt": "A sprocket is a wheel with teeth that meshes with a chain. The largest sprocket weighs two tons.\n",
+    "gizmos.html": "<html><head><title>Gizmos</title><script>var x = 1;</script></head><body><h1>Gizmos</h1><p>A gizmo "
+    "is a valve that opens when it rains. A gizmo costs four euros.</p></body></html>",
+}
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """The environment without settings and keys of whoever runs the tests."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MAGNATRONIC_") and not name.endswith("_API_KEY") and name != "OPENAI_BASE_URL"
+    }
+    return {**kept, **settings}
+
+
+def magnatronic(*arguments: str, timeout: float = 90, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=clean_environment(**settings),
+        check=False,
+    )
+
+
+class UpProcess:
+    """``magnatronic up`` on a data folder."""
+
+    def __init__(self, data_dir: Path, settings: Mapping[str, str] | None = None) -> None:
+        self.data_dir = data_dir
+        self._settings = dict(settings or {})
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Start it; where it says that it is, when it is ready."""
+        self._process = subprocess.Popen(
+            [str(SCRIPT), "up", "--json", "--data-dir", str(self.data_dir)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean_environment(**self._settings),
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            _, errors = self._process.communicate()
+            raise AssertionError(f"magnatronic up ended with {self._process.returncode}: {errors}")
+        info: dict[str, Any] = json.loads(line)
+        return info
+
+    def status(self) -> dict[str, Any]:
+        """What the system says of itself."""
+        status: dict[str, Any] = call(self.data_dir, "status")
+        return status
+
+    def kill(self) -> None:
+        """SIGKILL the process and the broker's JVM in the same moment, and wait until both are gone."""
+        assert self._process is not None
+        broker = self.status()["broker_pid"]
+        os.kill(self._process.pid, signal.SIGKILL)
+        os.kill(broker, signal.SIGKILL)
+        self._end()
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Ask it to stop; exit code and standard error."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        return self._end()
+
+    def _end(self) -> tuple[int, str]:
+        process, self._process = self._process, None
+        assert process is not None
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        if self._process is not None:
+            self._process.kill()
+            self._end()
+
+
+class SystemForTests:
+    """The session's system, its corpus ingested."""
+
+    def __init__(self, up: UpProcess, corpus: Path) -> None:
+        self.up = up
+        self.data_dir = up.data_dir
+        self.corpus = corpus
+
+    def run(self, command: str, *arguments: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+        """A command of the command line, talking to this system."""
+        return magnatronic(command, "--data-dir", str(self.data_dir), *arguments, timeout=timeout)
+
+
+def write_corpus(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in CORPUS.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemForTests]:
+    folder = tmp_path_factory.mktemp("system")
+    up = UpProcess(folder / "data")
+    try:
+        up.start()
+        running = SystemForTests(up, write_corpus(folder / "corpus"))
+        done = running.run("ingest", str(running.corpus))
+        assert done.returncode == 0, done.stderr
+        yield running
+        if up._process is not None:
+            code, errors = up.stop()
+            assert code == 0, errors
+            assert "Traceback" not in errors
+    finally:
+        up.close()
+
+
+def wait_until(condition: Any, timeout: float = 60.0) -> None:
+    """Wait for ``condition()``."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def running_on(data_dir: Path) -> bool:
+    """Whether a system answers there."""
+    try:
+        call(data_dir, "status")
+    except MagnatronicError:
+        return False
+    return True
+
+
+@pytest.fixture
+def up_on() -> Iterator[Any]:
+    """Makes an :class:`UpProcess` on a folder; all are gone when the test is over."""
+    made: list[UpProcess] = []
+
+    def make(data_dir: Path, **settings: str) -> UpProcess:
+        made.append(UpProcess(data_dir, settings))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.close()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of four small documents, one of each kind of text."""
+    return write_corpus(tmp_path / "corpus")
