@@ -52,7 +52,7 @@ class TorchEncoder:
             self.slice_characters = 1_000_000
         self.model = Path(model).name
         self.version = revision or _version_of(model)
-        dimensions = self._model.get_sentence_embedding_dimension()
+        dimensions = self._model.get_embedding_dimension()
         if dimensions is None:
             raise ModelFileError(f"embedding model {model} does not say how many dimensions it has; take another one")
         self.dimensions = int(dimensions)
