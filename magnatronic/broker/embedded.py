@@ -14,6 +14,7 @@ from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Final, Self
 
+import psutil
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
@@ -154,6 +155,8 @@ class EmbeddedBroker:
 
     def start(self) -> Self:
         """Starts the broker and returns when it answers clients. The first start ever fetches the jars (44 MB)."""
+        if self._process is not None and not self._process.running:
+            self.stop()  # It crashed since; a lock that is still held here would refuse its own owner.
         java = find_java(self._java_home)
         classpath = KAFKA_JARS.fetch() / "*"
         self.data_dir.mkdir(parents=True, exist_ok=True)
@@ -293,7 +296,7 @@ class _FolderLock:
         assert self._descriptor is not None
         return self._descriptor
 
-    def acquire(self, patience_s: float = 15.0) -> None:
+    def acquire(self, patience_s: float = 20.0) -> None:
         """Takes the lock; waits only where the owner is dead and its JVM still on the way out.
 
         Raises:
@@ -328,10 +331,8 @@ class _FolderLock:
 
 
 def _alive(pid: str) -> bool:
+    """Whether a process with this id runs; one that is dead but not yet waited for by its parent doesn't."""
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+        return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
+    except (ValueError, psutil.NoSuchProcess):
         return False
-    except PermissionError:
-        return True
-    return True

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,13 @@ def _cluster_id(bootstrap_servers: str) -> str:
     return str(AdminClient({"bootstrap.servers": bootstrap_servers, **QUIET}).list_topics(timeout=10).cluster_id)
 
 
+def _wait_until_down(broker: EmbeddedBroker) -> None:
+    deadline = time.monotonic() + 20
+    while broker.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_data_outlives_restart_crash_and_change_of_ports(tmp_path: Path) -> None:
     broker = EmbeddedBroker(tmp_path / "kafka")
     with broker:
@@ -72,10 +80,10 @@ def test_data_outlives_restart_crash_and_change_of_ports(tmp_path: Path) -> None
     assert _cluster_id(second) == cluster
     assert second != first
     _produce(second, "kept", [b"3"])
-    pid = broker.pid
-    broker.kill()
-    assert not psutil.pid_exists(pid)
+    os.kill(broker.pid, signal.SIGKILL)
+    _wait_until_down(broker)
 
+    # Nobody stopped it: a new start puts the dead one away.
     with broker:
         assert _cluster_id(broker.bootstrap_servers) == cluster
         assert _read(broker.bootstrap_servers, "kept", 3) == [b"1", b"2", b"3"]
@@ -98,11 +106,13 @@ def test_sigkill_of_the_owner_stops_the_jvm_and_frees_the_folder(tmp_path: Path)
     owner.stdout.close()
     assert psutil.pid_exists(pid)
     owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    # At once, with the old JVM still on its way out: the new one waits for the lock that the old one holds.
+    while psutil.Process(owner.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    # At once, with the owner not even waited for and its JVM on the way out: the new start waits for the old lock.
     with EmbeddedBroker(tmp_path / "kafka") as broker:
         assert not psutil.pid_exists(pid)
         assert broker.pid != pid
+    owner.wait()
 
 
 def test_a_jvm_that_cannot_start_shows_its_last_lines(tmp_path: Path) -> None:
