@@ -22,7 +22,7 @@ from schemas.events import DeadLettered, Effect, LlmCalled, Priority
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import all_topics, topic_name, topic_of
-from streams.bindings import Binding
+from streams.binding import Binding
 from streams.errors import StateError
 from streams.partition import Work
 from streams.state import StateCodec

@@ -28,7 +28,7 @@ from agents.context import Ports
 from schemas.codec import Codec
 from schemas.errors import DecodeError, RegistryError
 from schemas.record import Record
-from streams.bindings import Binding
+from streams.binding import Binding
 from streams.dispatch import Dispatcher, Lane
 from streams.errors import (
     ClusterError,

@@ -18,7 +18,7 @@ from agents.context import Ports
 from schemas.codec import Codec
 from schemas.metadata import Metadata, deterministic_id
 from schemas.topics import key_of, topic_name
-from streams.bindings import Binding
+from streams.binding import Binding
 from streams.errors import FencedError, ProcessorError
 from streams.kafka import producer_settings
 from streams.processor import Processor

@@ -16,7 +16,7 @@ _SAMPLES: Final = 4096
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start; latencies in seconds, of the latest few thousand.
+    """Counters since the start; latencies in seconds, a sample of the interval's.
 
     ``events_in`` counts events that were handled or dead-lettered and committed, ``skipped`` those that were not for
     this agent, ``events_out`` committed output events, ``failures`` failed attempts of handlers.
@@ -39,7 +39,9 @@ class Stats:
     _told: tuple[int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0.0)
 
     def interval(self, *, agent: str, instance: str, interval_s: float) -> ProcessorStats:
-        """The figures since the last call. Latencies are of the latest events."""
+        """The figures since the last call."""
+        p50_ms, p99_ms = quantile_ms(self.latencies, 0.5), quantile_ms(self.latencies, 0.99)
+        self.latencies.clear()
         now = (self.events_in, self.events_out, self.failures, self.dead_letters, self.tokens, self.cost_usd)
         events_in, events_out, failures, dead_letters, tokens, cost = (
             new - old for new, old in zip(now, self._told, strict=True)
@@ -56,8 +58,8 @@ class Stats:
             dead_letters=int(dead_letters),
             in_flight=self.in_flight,
             lag=self.lag,
-            p50_ms=quantile_ms(self.latencies, 0.5),
-            p99_ms=quantile_ms(self.latencies, 0.99),
+            p50_ms=p50_ms,
+            p99_ms=p99_ms,
             tokens=int(tokens),
             cost_usd=max(cost, 0.0),
         )

@@ -135,7 +135,9 @@ class Transactor:
         # It fails when none is open, or the id is fenced; either way nothing of it can commit any more.
         with suppress(KafkaException):
             self._producer.abort_transaction(1.0)
-        self._producer.flush(1.0)
+        with suppress(KafkaException):
+            self._producer.purge()
+            self._producer.flush(0.1)
         # The client has no close; its threads and connections end with the object.
         del self._producer
 

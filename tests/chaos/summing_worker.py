@@ -12,7 +12,7 @@ from agents.agent import Agent
 from agents.context import Context
 from schemas.codec import Codec
 from schemas.events import StepAssigned, StepCompleted
-from streams.bindings import Binding
+from streams.binding import Binding
 from streams.processor import Processor
 
 

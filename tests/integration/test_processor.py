@@ -30,7 +30,7 @@ from schemas.events import (
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import TOPICS, key_of
-from streams.bindings import Binding
+from streams.binding import Binding
 from streams.errors import FencedError, MissingTopicError, StateError
 from streams.kafka import producer_settings, reader_settings
 from streams.processor import Processor

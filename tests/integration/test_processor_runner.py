@@ -1,0 +1,177 @@
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from pydantic import BaseModel
+
+from agents.agent import Agent
+from agents.context import Context
+from schemas.codec import Codec
+from schemas.events import ProcessorStats, StepAssigned, StepCompleted
+from schemas.metadata import Metadata, deterministic_id
+from schemas.record import Record
+from schemas.topics import topic_of
+from streams.binding import Binding
+from streams.errors import FencedError, MissingTopicError
+from streams.kafka import producer_settings, reader_settings
+from streams.runner import Runner
+
+CODEC = Codec()
+
+
+class Echo(Agent[BaseModel]):
+    version = "1"
+    consumes = (StepAssigned,)
+    emits = (StepCompleted,)
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # type: ignore[misc]
+
+    async def handle(self, event: StepAssigned, ctx: Context[BaseModel]) -> None:
+        ctx.emit(
+            StepCompleted(
+                task_id=event.task_id,
+                step_id=event.step_id,
+                attempt=1,
+                capability=event.capability,
+                objective=event.objective,
+                answer=event.objective,
+            )
+        )
+
+
+class Scene:
+    """Two agents, each with an input topic."""
+
+    def __init__(self, kafka: Any) -> None:
+        self.kafka = kafka
+        self.bindings = [self._binding() for _ in range(2)]
+        self._producer = Producer(producer_settings(kafka.config, "scene"))
+        self._sent = 0
+
+    def _binding(self) -> Binding:
+        topic = f"{self.kafka.unique('work')}.normal"
+        self.kafka.create_topics(topic)
+        return Binding(Echo(self.kafka.unique("echo")), (topic,))
+
+    def send(self, count: int) -> None:
+        for binding in self.bindings:
+            for _ in range(count):
+                self._sent += 1
+                event = StepAssigned(task_id="t", step_id=f"t/{self._sent}", capability="research", objective="x")
+                metadata = Metadata(
+                    id=deterministic_id(binding.topics[0], self._sent),
+                    source="/clients/test",
+                    subject="t",
+                    time=datetime.now(UTC),
+                )
+                value, headers = CODEC.encode(event, metadata)
+                self._producer.produce(binding.topics[0], value, b"t", headers=headers)
+        assert self._producer.flush(20) == 0
+
+    def runner(self, **settings: Any) -> Runner:
+        return Runner(self.bindings, codec=CODEC, kafka=self.kafka.config, **settings)
+
+    def told(self, topic: str, chosen: Callable[[Any], bool]) -> list[Any]:
+        consumer = Consumer(reader_settings(self.kafka.config, "test-reader"))
+        found: list[Any] = []
+        try:
+            waiting = set(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
+            consumer.assign([TopicPartition(topic, number, 0) for number in waiting])
+            while waiting:
+                for message in consumer.consume(500, 0.2):
+                    error = message.error()
+                    if error is None:
+                        found.append(CODEC.decode(Record.from_message(message)))
+                    else:
+                        assert error.code() == KafkaError._PARTITION_EOF
+                        waiting.discard(message.partition())
+        finally:
+            consumer.close()
+        return [envelope.event for envelope in found if chosen(envelope)]
+
+
+@pytest.fixture
+def scene(kafka: Any) -> Scene:
+    known = kafka.admin.list_topics(timeout=20).topics
+    for name in ("work.results.normal", "telemetry", "dead-letters"):
+        if name not in known:
+            kafka.create_topics(name)
+    return Scene(kafka)
+
+
+async def until(done: Callable[[], bool], running: "asyncio.Task[None]", timeout_s: float = 30) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not done():
+            if running.done():
+                running.result()
+            await asyncio.sleep(0.02)
+
+
+async def test_processors_run_side_by_side_and_tell_their_figures(scene: Scene) -> None:
+    scene.send(50)
+    runner = scene.runner()
+    running = asyncio.create_task(runner.run())
+    await until(
+        lambda: runner.ready and all(each.stats.events_in == 50 for each in runner.processors.values()), running
+    )
+    await asyncio.sleep(2.2)
+    runner.stop()
+    await running
+    names = {binding.agent.name for binding in scene.bindings}
+    stats = scene.told(topic_of(ProcessorStats).name, lambda each: each.event.agent in names)
+    for name in names:
+        mine = [each for each in stats if each.agent == name]
+        assert sum(each.events_in for each in mine) == 50
+        assert sum(each.events_out for each in mine) == 50
+        assert all(each.p99_ms >= each.p50_ms for each in mine)
+        assert max(each.p50_ms for each in mine) > 0
+        assert (mine[-1].lag, mine[-1].in_flight) == (0, 0)
+
+
+async def test_a_processor_that_cannot_run_stops_the_others(scene: Scene) -> None:
+    scene.bindings[1] = Binding(scene.bindings[1].agent, ("nowhere.normal",))
+    with pytest.raises(MissingTopicError, match="nowhere"):
+        await asyncio.wait_for(scene.runner(telemetry=False).run(), 30)
+
+
+async def test_a_fenced_processor_comes_back_once_and_yields_to_a_rival(scene: Scene) -> None:
+    runner = scene.runner(telemetry=False)
+    running = asyncio.create_task(runner.run())
+    await until(lambda: runner.ready, running)
+    name = scene.bindings[0].agent.name
+    rival_of = scene.bindings[0]
+
+    async def fence() -> None:
+        before = runner.processors[name]
+        rival = Producer({**scene.kafka.config, "transactional.id": before.name})
+        await asyncio.to_thread(rival.init_transactions, 20)
+        del rival
+        # The fenced producer notices with its next transaction.
+        scene.send(1)
+        await until(lambda: runner.processors[name] is not before, running)
+
+    await fence()
+    await until(lambda: runner.ready and runner.processors[name].stats.events_in == 1, running)
+    rival = Producer({**scene.kafka.config, "transactional.id": runner.processors[name].name})
+    await asyncio.to_thread(rival.init_transactions, 20)
+    scene.send(1)
+    with pytest.raises(FencedError, match="slot"):
+        await asyncio.wait_for(running, 30)
+    source = rival_of.agent.source
+    results = scene.told("work.results.normal", lambda each: each.metadata.source == source)
+    assert len(results) == 1
+
+
+async def test_a_stop_before_the_start_is_over_is_heard(scene: Scene) -> None:
+    runner = scene.runner(telemetry=False)
+    running = asyncio.create_task(runner.run())
+    await asyncio.sleep(0.05)
+    started = time.monotonic()
+    runner.stop()
+    await running
+    assert time.monotonic() - started < 15
