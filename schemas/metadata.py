@@ -19,6 +19,10 @@ __all__ = ["ID_NAMESPACE", "Envelope", "Metadata", "canonical_json", "determinis
 ID_NAMESPACE = UUID("6d61676e-6174-5726-af6e-696300000000")
 """The UUIDv5 namespace of all ids that Magnatronic derives."""
 
+_HASHED_AT_ONCE = 2047
+"""hashlib lets go of the interpreter lock for more bytes than this. Beside a busy thread it then takes 3 ms to come
+back (measured; the switch interval is 5 ms), against 10 µs for hashing 20 kB."""
+
 _NAMESPACE_HASH = sha1(ID_NAMESPACE.bytes, usedforsecurity=False)
 
 
@@ -50,7 +54,11 @@ def canonical_json(value: Any) -> str:
 
 def request_hash(request: str) -> str:
     """The SHA-256 of a canonical JSON request, as hex."""
-    return sha256(request.encode()).hexdigest()
+    raw = memoryview(request.encode())
+    digest = sha256(raw[:_HASHED_AT_ONCE])
+    for start in range(_HASHED_AT_ONCE, len(raw), _HASHED_AT_ONCE):
+        digest.update(raw[start : start + _HASHED_AT_ONCE])
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
