@@ -213,16 +213,19 @@ def _kind(thread: int, names: dict[int | None, str]) -> str:
             name = ""
         if name.startswith("rdk:"):
             return "Kafka client"
-        return "stores and models, native threads"
+        return "native threads of stores and models"
     if name == "system":
         return "agents' event loop"
     if name.endswith("-fetch") or "-commit" in name:
         return "fetching and committing"
     if name.startswith("sink-"):
         return name
-    if name.startswith("embed-"):
+    if name.startswith(("embed-", "onnx")):
         return "embedding model"
-    return "recall (Milvus)" if name == "recall" else "other Python threads"
+    # Milvus Lite serves its requests from a pool that it gives no name.
+    if name == "recall" or name.startswith("ThreadPoolExecutor-"):
+        return "recall and Milvus Lite"
+    return "other Python threads"
 
 
 def _figures(
