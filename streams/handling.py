@@ -8,6 +8,7 @@ handler's failure never stops the processor.
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -17,7 +18,7 @@ from agents.context import Ports
 from agents.journal import Journal
 from agents.step import LaneState, StepResult, failure_of, run_failure, run_step
 from schemas.codec import Codec
-from schemas.errors import DecodeError, EncodeError, EventTooLargeError
+from schemas.errors import EncodeError, EventTooLargeError
 from schemas.events import DeadLettered, Effect, LlmCalled, Priority
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
@@ -37,6 +38,7 @@ _STATE_LIMIT: Final = 1_048_576
 _RECORD_OVERHEAD: Final = 96
 """What batch and record framing may add to key, value and headers."""
 _HEADER_OVERHEAD: Final = 8
+_WARNINGS_A_SECOND: Final = 5
 _HUNG_GRACE: Final = 1.5
 _NO_CHANGE: Final = StepResult((), None, state_changed=False)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -57,6 +59,7 @@ class Handling:
         self._ports = ports
         self._state_codec = state_codec
         self._stats = stats
+        self._warned_in = self._warnings = 0
 
     @property
     def hung_after_s(self) -> float | None:
@@ -141,7 +144,7 @@ class Handling:
         except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
             result, messages = _NO_CHANGE, []
             error = f"{error}; then on_failure failed with {type(second).__name__}: {second}"
-        log.warning(
+        self._warn(
             "%s gave up on %s[%d]@%d (%s) after %d attempts: %s: %s",
             self._agent.name,
             partition.topic,
@@ -155,9 +158,9 @@ class Handling:
         messages.append(self._dead_letter(work, failure.error_type, error, attempts))
         return result, messages
 
-    def undecodable(self, work: Work, error: DecodeError) -> None:
-        """The record is no event: a dead letter is all it leaves."""
-        log.warning("%s: %s: %s", self._agent.name, type(error).__name__, str(error)[:500])
+    def unreadable(self, work: Work, error: Exception) -> None:
+        """The record is no event, or one that has no lane: a dead letter is all it leaves."""
+        self._warn("%s: %s: %s", self._agent.name, type(error).__name__, str(error)[:500])
         self._leave(work, [self._dead_letter(work, type(error).__name__, str(error), attempts=0)])
 
     def rejected(self, work: Work, at: int, error: str) -> None:
@@ -183,6 +186,17 @@ class Handling:
         record = work.record
         work.record = Record(record.topic, record.partition, record.offset, record.timestamp_ms, record.key, b"", ())
         work.messages[at] = self._dead_letter(work, "OutputRefused", said, attempts=1)
+
+    def _warn(self, message: str, *arguments: object) -> None:
+        """Log a warning, at most so many a second: a flood of bad records has its dead letters to tell of it."""
+        second = int(time.monotonic())
+        if second != self._warned_in:
+            if self._warnings > _WARNINGS_A_SECOND:
+                log.warning("%s: and %d more like it", self._agent.name, self._warnings - _WARNINGS_A_SECOND)
+            self._warned_in, self._warnings = second, 0
+        self._warnings += 1
+        if self._warnings <= _WARNINGS_A_SECOND:
+            log.warning(message, *arguments)
 
     def _leave(self, work: Work, messages: list[Outgoing]) -> None:
         partition = work.partition

@@ -26,13 +26,12 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message,
 
 from agents.context import Ports
 from schemas.codec import Codec
-from schemas.errors import DecodeError, RegistryError
+from schemas.errors import RegistryError
 from schemas.record import Record
 from streams.binding import Binding
 from streams.dispatch import Dispatcher, Lane
 from streams.errors import (
     ClusterError,
-    ProcessorError,
     RecordRejectedError,
     StateError,
     TransactionAbortedError,
@@ -291,22 +290,22 @@ class Processor:
             work = Work(partition, record, now)
             try:
                 envelope = decode(record)
-            except DecodeError as error:
-                self._handling.undecodable(work, error)
-                self._finish(work)
-                continue
+                event = envelope.event
+                if type(event) not in consumes:
+                    # Another agent's: several types share a topic. Its offset goes with the next commit.
+                    self.stats.skipped += 1
+                    self._finish(work)
+                    continue
+                work.lane = key = lane_of(event)
+                work.envelope = envelope
             except RegistryError as error:
                 # Nobody can say what the bytes mean now; going on would change the order of their lane.
-                self._fail(_retryable(f"{self.name}: {topic}[{number}]@{offset}: {error}"))
+                self._fail(ClusterError(f"{self.name}: {topic}[{number}]@{offset}: {error}"))
                 return
-            event = envelope.event
-            if type(event) not in consumes:
-                # Another agent's: several types share a topic. Its offset goes with the next commit.
-                self.stats.skipped += 1
+            except Exception as error:  # noqa: BLE001 - hostile bytes, or an agent that can't tell the lane
+                self._handling.unreadable(work, error)
                 self._finish(work)
                 continue
-            work.envelope = envelope
-            work.lane = key = lane_of(event)
             lane = partition.lanes.get(key)
             if lane is None:
                 lane = partition.lanes[key] = Lane(key)
@@ -451,7 +450,7 @@ class Processor:
         self._diagnose = self._aborts > 1
         log.info("%s: %s; trying again", self.name, error)
         if self._aborts > _MAX_ABORTS:
-            raise _retryable(f"{self.name}: {self._aborts} transactions in a row were aborted: {error}")
+            raise ClusterError(f"{self.name}: {self._aborts} transactions in a row were aborted: {error}")
         await asyncio.sleep(min(1.0, _ABORTED_BACKOFF_S * self._aborts))
         self._wake.set()
 
@@ -507,10 +506,6 @@ class Processor:
 
 def _lane_idle(lane: Lane[Work], work: Work) -> None:
     work.partition.lanes.pop(lane.key, None)
-
-
-def _retryable(message: str) -> ProcessorError:
-    return ClusterError(message)
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -65,6 +65,11 @@ class Adder(Agent[Total]):
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
 
+    def lane(self, event: StepAssigned) -> str:  # type: ignore[override]
+        if event.objective == "nowhere":
+            raise LookupError("no lane for it")
+        return event.task_id
+
     async def handle(self, event: StepAssigned, ctx: Context[Total]) -> None:
         before = ctx.state or Total()
         ctx.state = Total(sum=before.sum + int(event.parameters.get("number", "0")), count=before.count + 1)
@@ -328,10 +333,12 @@ async def test_bytes_that_are_no_event_are_kept_as_dead_letters(bench: Bench) ->
     bench.send("t")
     bench.send_raw(b"t", b"\x00\x00\x00\x00\x01garbage", [("h", b"1"), ("h", None)])
     bench.send_raw(b"t", b"")
+    bench.send("t", "nowhere")
     bench.send("t")
-    await bench.process(4)
+    await bench.process(5)
     assert bench.results() == {"t": ["1", "2"]}
     letters = bench.letters()
+    assert letters.pop().error == "no lane for it"
     assert [letter.value for letter in letters] == [b"\x00\x00\x00\x00\x01garbage", b""]
     assert letters[0].header_names == ("h", "h")
     assert all(letter.attempts == 0 and letter.error_type.endswith("Error") for letter in letters)
@@ -352,7 +359,7 @@ async def test_an_output_too_large_for_its_topic_fails_its_event(bench: Bench) -
     await bench.process(2)
     (letter,) = bench.letters()
     assert letter.error_type == "EventTooLargeError"
-    assert "work.results.normal" in letter.error
+    assert "emit less" in letter.error
     assert bench.results() == {"t": ["5"]}
     assert len(bench.committed("tasks.lifecycle.normal")) == 1
 
