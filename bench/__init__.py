@@ -2,3 +2,5 @@
 
 ``python -m bench`` prints one table; docs/benchmarks.md says what each number means.
 """
+
+import magnatronic  # noqa: F401 (before numpy, as in the platform's own processes: it sets how BLAS runs)

@@ -181,7 +181,8 @@ def topic_name(event: Event, priority: Priority = Priority.NORMAL) -> str:
     >>> topic_name(StepFailed(task_id="t", step_id="t/1", attempt=1, error_type="E", message="m"), Priority.HIGH)
     'tasks.lifecycle.high'
     """
-    return _name(type(event), priority, getattr(event, "capability", ""))
+    # A pydantic model takes 1.5 µs to say that it lacks an attribute, its dict says so at once.
+    return _name(type(event), priority, event.__dict__.get("capability", ""))
 
 
 def key_of(event: Event) -> str:
