@@ -67,7 +67,12 @@ class Fetcher:
         self._room.set()
         self._stopping = threading.Event()
         self._draining = threading.Event()
-        self.consumer = Consumer(dict(settings))
+        # The client's handle must not be used while close() frees it. Within close() the last revocation still needs
+        # it, and holds close() up for as long.
+        self._alive = threading.Lock()
+        self._closing = False
+        self._rebalancing = False
+        self._consumer = Consumer(dict(settings))
         self.finished: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, name=f"{self._name}-fetch", daemon=True)
 
@@ -103,24 +108,34 @@ class Fetcher:
         because only the listener's ``revoked``, which needs the loop's thread too, lets the consumer join again. A
         transaction with the metadata of no member would not be fenced.
         """
-        try:
-            metadata = self.consumer.consumer_group_metadata()
-            return metadata if self.consumer.memberid() else None
-        except RuntimeError:  # the consumer is closed, or closing: why, `finished` tells
-            return None
+        with self._alive:
+            if self._closing and not self._rebalancing:
+                return None
+            metadata = self._consumer.consumer_group_metadata()
+            return metadata if self._consumer.memberid() else None
+
+    def high_watermark(self, topic: str, partition: int) -> int:
+        """The partition's end as of the latest fetch; negative when nothing was fetched yet."""
+        with self._alive:
+            if self._closing:
+                return -1
+            _, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
+            return int(high)
 
     def _main(self) -> None:
         error: Exception | None = None
         try:
-            self.consumer.subscribe(
+            self._consumer.subscribe(
                 self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             while not self._stopping.is_set():
                 self._fetch()
         except Exception as caught:  # noqa: BLE001 - handed over to the loop's thread
             error = caught
+        with self._alive:
+            self._closing = True
         try:
-            self.consumer.close()
+            self._consumer.close()
         except Exception as caught:  # noqa: BLE001 - the same
             error = error or caught
         self._loop.call_soon_threadsafe(self._finish, error)
@@ -140,10 +155,10 @@ class Fetcher:
             self._wait_paused()
             return
         # consume() waits until it has all that it was asked for; so wait for one, then take what else is there.
-        first = self.consumer.poll(_POLL_S)
+        first = self._consumer.poll(_POLL_S)
         if first is None:
             return
-        self._hand_out([first, *self.consumer.consume(_BATCH - 1, 0)])
+        self._hand_out([first, *self._consumer.consume(_BATCH - 1, 0)])
 
     def _has_room(self) -> bool:
         if self._handed_out - self._settled < self._max_in_flight:
@@ -155,14 +170,14 @@ class Fetcher:
         return self._room.wait(_PAUSE_AFTER_S) and not self._draining.is_set()
 
     def _wait_paused(self) -> None:
-        paused = self.consumer.assignment()
-        self.consumer.pause(paused)
+        paused = self._consumer.assignment()
+        self._consumer.pause(paused)
         while not self._stopping.is_set() and (self._draining.is_set() or not self._room.is_set()):
-            message = self.consumer.poll(_POLL_S / 4)
+            message = self._consumer.poll(_POLL_S / 4)
             if message is not None:
                 self._hand_out([message])  # of a partition assigned meanwhile
         if not self._stopping.is_set():
-            self.consumer.resume(self.consumer.assignment())
+            self._consumer.resume(self._consumer.assignment())
 
     def _hand_out(self, messages: list[Message]) -> None:
         good = []
@@ -199,7 +214,12 @@ class Fetcher:
 
     def _give_up(self, consumer: Consumer, partitions: list[TopicPartition], *, lost: bool) -> None:
         places = [(partition.topic, partition.partition) for partition in partitions]
-        asyncio.run_coroutine_threadsafe(self._listener.revoked(places, lost=lost), self._loop).result()
+        self._rebalancing = True
+        try:
+            asyncio.run_coroutine_threadsafe(self._listener.revoked(places, lost=lost), self._loop).result()
+        finally:
+            with self._alive:
+                self._rebalancing = False
         consumer.incremental_unassign(partitions)
 
 

@@ -480,8 +480,7 @@ class Processor:
     def _lag(self) -> int:
         lag = 0
         for partition in self._partitions.values():
-            place = TopicPartition(partition.topic, partition.number)
-            _, high = self._fetcher.consumer.get_watermark_offsets(place, cached=True)
+            high = self._fetcher.high_watermark(partition.topic, partition.number)
             first = partition.tracker.first_unfinished
             if first is not None and high > first:
                 lag += high - first
