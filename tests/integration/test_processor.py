@@ -457,18 +457,15 @@ async def test_a_second_instance_with_the_same_slot_fences_the_first(bench: Benc
 
 
 async def test_joins_and_leaves_lose_and_repeat_nothing(bench: Bench) -> None:
-    total, sent = 4000, 0
     processors = [bench.processor(slot=slot) for slot in ("a", "b")]
+    enough = asyncio.Event()
 
     async def send() -> None:
-        nonlocal sent
-        while sent < total:
-            bench.send(f"t{sent % 61}", "wait")
-            sent += 1
-            if sent % 50 == 0:
-                bench.flush()
-                await asyncio.sleep(0.02)
-        bench.flush()
+        while not enough.is_set():
+            for _ in range(50):
+                bench.send(f"t{bench.sent % 61}", "wait")
+            bench.flush()
+            await asyncio.sleep(0.02)
 
     sender = asyncio.create_task(send())
     first = asyncio.create_task(processors[0].run())
@@ -477,12 +474,14 @@ async def test_joins_and_leaves_lose_and_repeat_nothing(bench: Bench) -> None:
     await bench.until(lambda: processors[1].stats.events_in > 200)
     processors[0].stop()
     await first
+    enough.set()
     await sender
-    await bench.until(lambda: sum(each.stats.events_in for each in processors) == total)
+    await bench.until(lambda: sum(each.stats.events_in for each in processors) == bench.sent)
     processors[1].stop()
     await second
-    results = bench.results()
-    assert results == {f"t{task}": [str(n + 1) for n in range(len(range(task, total, 61)))] for task in range(61)}
+    assert bench.results() == {
+        f"t{task}": [str(n + 1) for n in range(len(range(task, bench.sent, 61)))] for task in range(61)
+    }
 
 
 async def test_backpressure_bounds_what_is_in_flight(bench: Bench) -> None:
