@@ -18,8 +18,8 @@ from bench.samples import completion
 from bench.workers.task import WorkerTask, end_with_parent
 from schemas.codec import Codec
 from schemas.events import TaskCompleted, TaskSubmitted
-from streams.bindings import Binding
-from streams.processor import Processor
+from streams.binding import Binding
+from streams.runner import Runner
 
 __all__ = ["CompletingAgent", "build"]
 
@@ -37,18 +37,19 @@ class CompletingAgent(Agent[BaseModel]):
         ctx.emit(completion(event))
 
 
-def build(task: WorkerTask, topics: Sequence[str]) -> Processor:
-    """The processor, with its group made of the task's."""
+def build(task: WorkerTask, topics: Sequence[str]) -> Runner:
+    """The processor in its runner, as roles run it, with its group made of the task's."""
     named = type("NamedAgent", (CompletingAgent,), {"name": task.group})
     binding = Binding(named(), tuple(topics))
-    return Processor(binding, codec=Codec(), kafka={"bootstrap.servers": task.bootstrap_servers})
+    kafka = {"bootstrap.servers": task.bootstrap_servers}
+    return Runner([binding], codec=Codec(), kafka=kafka, telemetry=False)
 
 
 async def run(task: WorkerTask) -> None:
     """Run the processor until SIGTERM."""
-    processor = build(task, [task.source])
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, processor.stop)
-    await processor.run()
+    runner = build(task, [task.source])
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runner.stop)
+    await runner.run()
 
 
 if __name__ == "__main__":
