@@ -19,7 +19,7 @@ from agents.journal import Journal
 from agents.step import LaneState, StepResult, failure_of, run_failure, run_step
 from schemas.codec import Codec
 from schemas.errors import EncodeError, EventTooLargeError
-from schemas.events import DeadLettered, Effect, LlmCalled, Priority
+from schemas.events import DeadLettered, LlmCalled, Priority
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import all_topics, topic_name, topic_of
@@ -94,7 +94,8 @@ class Handling:
                 result = await run_step(
                     agent, envelope, timestamp_ms=timestamp, priority=priority, state=state, journal=journal
                 )
-                messages = self._messages(result, work)
+                # An effect that can't be recorded fails its event: what it decided could not be proved.
+                messages = self._messages(result, work) + [self._effect(made) for made in journal.performed]
                 break
             except asyncio.CancelledError:
                 failure = _ended_as_hung(work)
@@ -107,10 +108,10 @@ class Handling:
                 attempt += 1
                 continue
             result, messages = await self._give_up(work, failure, attempt, state, journal)
+            messages += self._recordable(journal.performed)
             break
         work.outputs = len(result.outputs)
-        if journal.performed:
-            messages += self._effects(journal.performed)
+        self._count_cost(journal.performed)
         if result.state_changed:
             partition.state.set(work.lane, result.state)
         self._leave(work, messages)
@@ -241,19 +242,24 @@ class Handling:
                 )
         return topic, key, value, headers, -1
 
-    def _effects(self, performed: Iterable[Envelope]) -> list[Outgoing]:
+    def _effect(self, made: Envelope) -> Outgoing:
+        return self._message(made, Priority.NORMAL)
+
+    def _recordable(self, performed: Iterable[Envelope]) -> list[Outgoing]:
+        """The effects of an event that failed, but for the one that may be why: it is too large for its topic."""
         messages = []
-        for envelope in performed:
-            effect = envelope.event
-            if isinstance(effect, LlmCalled):
-                self._stats.tokens += effect.prompt_tokens + effect.completion_tokens
-                self._stats.cost_usd += effect.cost_usd
+        for made in performed:
             try:
-                messages.append(self._message(envelope, Priority.NORMAL))
+                messages.append(self._effect(made))
             except EncodeError as error:
-                assert isinstance(effect, Effect)
-                log.error("%s: an effect of event %s can't be recorded: %s", self._agent.name, effect.event_id, error)
+                log.error("%s: effect %s can't be recorded: %s", self._agent.name, made.metadata.id, error)
         return messages
+
+    def _count_cost(self, performed: Iterable[Envelope]) -> None:
+        for made in performed:
+            if isinstance(made.event, LlmCalled):
+                self._stats.tokens += made.event.prompt_tokens + made.event.completion_tokens
+                self._stats.cost_usd += made.event.cost_usd
 
     def _dead_letter(self, work: Work, error_type: str, error: str, attempts: int) -> Outgoing:
         work.dead = True

@@ -118,8 +118,9 @@ class FlakyModel:
 
     name = "flaky"
 
-    def __init__(self, failures: int, *, retryable: bool = True) -> None:
+    def __init__(self, failures: int, *, retryable: bool = True, answer: str = "yes") -> None:
         self.calls = 0
+        self._answer = answer
         self._failures = failures
         self._retryable = retryable
 
@@ -127,7 +128,7 @@ class FlakyModel:
         self.calls += 1
         if self.calls <= self._failures:
             raise EffectFailedError("RateLimited", "slow down", retryable=self._retryable)
-        return LlmResponse(text="yes", provider="test", model="test", prompt_tokens=2, completion_tokens=1)
+        return LlmResponse(text=self._answer, provider="test", model="test", prompt_tokens=2, completion_tokens=1)
 
 
 class Bench:
@@ -362,6 +363,19 @@ async def test_an_output_too_large_for_its_topic_fails_its_event(bench: Bench) -
     assert "emit less" in letter.error
     assert bench.results() == {"t": ["5"]}
     assert len(bench.committed("tasks.lifecycle.normal")) == 1
+
+
+async def test_an_effect_too_large_to_be_recorded_fails_its_event(bench: Bench) -> None:
+    bench.send("t", "ask")
+    bench.send("t", "add", 5)
+    await bench.process(2, ports=Ports(llm=FlakyModel(0, answer="x" * 5_000_000)))
+    (letter,) = bench.letters()
+    assert letter.error_type == "EventTooLargeError"
+    assert "LlmCalled" in letter.error
+    assert bench.results() == {"t": ["5"]}
+    assert [getattr(made.event, "error_type", "") for _, made in bench.committed("tasks.lifecycle.normal")] == [
+        "EventTooLargeError"
+    ]
 
 
 async def test_an_output_that_only_the_broker_refuses_ends_as_a_dead_letter(
