@@ -48,6 +48,7 @@ TaskOutcome = TaskCompleted | TaskFailed | TaskExpired | TaskCancelled
 _OUTCOMES: Final = (TaskCompleted, TaskFailed, TaskExpired, TaskCancelled)
 _DELIVERY_TIMEOUT_S: Final = 30.0
 _CONNECT_TIMEOUT_S: Final = 5.0
+_CAUSES_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +262,12 @@ class Client:
         task_id: str | None = None,
         parameters: Mapping[str, str] | None = None,
         on_event: Callable[[Observed], None] | None = None,
+        settle: float = 0.0,
     ) -> Outcome:
-        """Submit a task and wait for its outcome. ``on_event`` is called with each of the task's events on the way.
+        """Submit a task and wait for its outcome. ``on_event`` is called with each of the task's events on the way,
+        none before its cause.
+
+        All events that led to the outcome are in it; for those on other branches, it waits ``settle`` seconds more.
 
         Raises:
             WaitTimeoutError: no outcome within ``timeout`` seconds; the task goes on.
@@ -273,16 +278,21 @@ class Client:
         waited_until = time.monotonic() + timeout
         with self.follower().subscribe(topics=TASK_TOPICS, keys=[task.task_id.encode()]) as subscription:
             self.submit_all([task])
-            events: list[Observed] = []
+            order = _CausalOrder(on_event)
+            outcome: TaskOutcome | None = None
             while (left := waited_until - time.monotonic()) > 0:
                 observed = subscription.next(left)
-                if observed is None:
-                    continue
-                events.append(observed)
-                if on_event is not None:
-                    on_event(observed)
-                if isinstance(observed.event, _OUTCOMES):
-                    return Outcome(task.task_id, observed.event, tuple(events))
+                if observed is not None:
+                    order.add(observed)
+                    if outcome is None and isinstance(observed.event, _OUTCOMES):
+                        # What led to it is in the log by now, but another partition's may still be on its way here.
+                        outcome = observed.event
+                        waited_until = time.monotonic() + max(settle, 0.0 if not order.held else _CAUSES_S)
+                if outcome is not None and not order.held and not settle:
+                    break
+            if outcome is not None:
+                order.release()
+                return Outcome(task.task_id, outcome, tuple(order.events))
         raise WaitTimeoutError(f"task {task.task_id} has no outcome after {timeout:g} s; it goes on (see `watch`)")
 
     def ask_all(self, questions: Sequence[str], *, timeout: float = 120.0, **options: Any) -> list[Outcome]:
@@ -400,6 +410,42 @@ class Client:
     def __exit__(self, *_: object) -> None:
         """Closes it."""
         self.close()
+
+
+class _CausalOrder:
+    """Puts a task's events, which come from many partitions, into an order where each follows its cause."""
+
+    def __init__(self, on_event: Callable[[Observed], None] | None) -> None:
+        self.events: list[Observed] = []
+        self.held: list[Observed] = []
+        self._on_event = on_event
+        self._known: set[str] = set()
+
+    def add(self, observed: Observed) -> None:
+        """Take an event; pass it on with all that waited for it, or hold it until its cause is there."""
+        self.held.append(observed)
+        moved = True
+        while moved:
+            moved = False
+            for each in list(self.held):
+                metadata = each.metadata
+                if metadata is None or not metadata.causation_id or metadata.causation_id in self._known:
+                    self.held.remove(each)
+                    self._pass_on(each)
+                    moved = True
+
+    def release(self) -> None:
+        """Pass on what is held; its causes did not come."""
+        for each in sorted(self.held, key=_when):
+            self._pass_on(each)
+        self.held.clear()
+
+    def _pass_on(self, observed: Observed) -> None:
+        if observed.metadata is not None:
+            self._known.add(observed.metadata.id)
+        self.events.append(observed)
+        if self._on_event is not None:
+            self._on_event(observed)
 
 
 def _when(observed: Observed) -> tuple[datetime, int]:

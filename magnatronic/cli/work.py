@@ -137,7 +137,7 @@ def ask_live(client: "Client", question: str, out: Output, *, timeout: float, **
             status.update(observed.type)
 
     with status:
-        return client.ask(question, timeout=timeout, on_event=show, **arguments)
+        return client.ask(question, timeout=timeout, on_event=show, settle=0.1, **arguments)
 
 
 def outcome_as_dict(outcome: "Outcome") -> dict[str, Any]:

@@ -1,30 +1,32 @@
 """A running system, used as its users do: the console script in processes of their own."""
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from magnatronic.cli import main
 from magnatronic.control import call
-from magnatronic.errors import MagnatronicError
 
 SCRIPT = Path(sys.executable).with_name("magnatronic")
 
 CORPUS = {
-    "widgets.md": "# Widgets\n\nA widget is a small device that turns heat into light. Widgets were invented in 1901 by "
-    "Ada Lamp.\n\n## Care\n\nClean a widget with a dry cloth. Never put a widget under water.\n",
-    "gadgets.rst": "Gadgets\n=======\n\nA gadget is a tool that counts the steps of a dog. Gadgets run for nine days on "
-    "one battery.\n",
-    "sprockets.txt": "A sprocket is a wheel with teeth that meshes with a chain. The largest sprocket weighs two tons.\n",
-    "gizmos.html": "<html><head><title>Gizmos</title><script>var x = 1;</script></head><body><h1>Gizmos</h1><p>A gizmo "
-    "is a valve that opens when it rains. A gizmo costs four euros.</p></body></html>",
+    "widgets.md": "# Widgets\n\nA widget is a small device that turns heat into light. Widgets were invented in 1901 "
+    "by Ada Lamp.\n\n## Care\n\nClean a widget with a dry cloth. Never put a widget under water.\n",
+    "gadgets.rst": "Gadgets\n=======\n\nA gadget is a tool that counts the steps of a dog. Gadgets run for nine days "
+    "on one battery.\n",
+    "sprockets.txt": "A sprocket is a wheel with teeth that meshes with a chain. The largest sprocket weighs two "
+    "tons.\n",
+    "gizmos.html": "<html><head><title>Gizmos</title><script>var x = 1;</script></head><body><h1>Gizmos</h1><p>A "
+    "gizmo is a valve that opens when it rains. A gizmo costs four euros.</p></body></html>",
 }
 
 
@@ -38,13 +40,13 @@ def clean_environment(**settings: str) -> dict[str, str]:
     return {**kept, **settings}
 
 
-def magnatronic(*arguments: str, timeout: float = 90, **settings: str) -> subprocess.CompletedProcess[str]:
+def magnatronic(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         [str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=90,
         env=clean_environment(**settings),
         check=False,
     )
@@ -86,25 +88,31 @@ class UpProcess:
         broker = self.status()["broker_pid"]
         os.kill(self._process.pid, signal.SIGKILL)
         os.kill(broker, signal.SIGKILL)
-        self._end()
+        self.end()
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Ask it to stop; exit code and standard error."""
         assert self._process is not None
         self._process.send_signal(number)
-        return self._end()
+        return self.end()
 
-    def _end(self) -> tuple[int, str]:
+    def end(self) -> tuple[int, str]:
+        """Wait for its end; exit code and standard error."""
         process, self._process = self._process, None
         assert process is not None
         _, errors = process.communicate(timeout=60)
         return process.returncode, errors
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not yet stopped."""
+        return self._process is not None
+
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
         if self._process is not None:
             self._process.kill()
-            self._end()
+            self.end()
 
 
 class SystemForTests:
@@ -115,9 +123,26 @@ class SystemForTests:
         self.data_dir = up.data_dir
         self.corpus = corpus
 
-    def run(self, command: str, *arguments: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
-        """A command of the command line, talking to this system."""
-        return magnatronic(command, "--data-dir", str(self.data_dir), *arguments, timeout=timeout)
+    def start(self, command: str, *arguments: str) -> "subprocess.Popen[str]":
+        """A command in a process of its own, talking to this system."""
+        return subprocess.Popen(
+            [str(SCRIPT), command, "--data-dir", str(self.data_dir), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean_environment(),
+        )
+
+    def run(self, command: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """A command run to its end here, which saves a second of start; as a process would have ended and said."""
+        arguments = (command, "--data-dir", str(self.data_dir), *arguments)
+        code: Any = None
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+            try:
+                main(arguments)
+            except SystemExit as ended:
+                code = ended.code
+        return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), errors.getvalue())
 
 
 def write_corpus(folder: Path) -> Path:
@@ -134,32 +159,15 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemForTests]
     try:
         up.start()
         running = SystemForTests(up, write_corpus(folder / "corpus"))
-        done = running.run("ingest", str(running.corpus))
+        done = magnatronic("ingest", "--data-dir", str(up.data_dir), str(running.corpus))
         assert done.returncode == 0, done.stderr
         yield running
-        if up._process is not None:
+        if up.running:
             code, errors = up.stop()
             assert code == 0, errors
             assert "Traceback" not in errors
     finally:
         up.close()
-
-
-def wait_until(condition: Any, timeout: float = 60.0) -> None:
-    """Wait for ``condition()``."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def running_on(data_dir: Path) -> bool:
-    """Whether a system answers there."""
-    try:
-        call(data_dir, "status")
-    except MagnatronicError:
-        return False
-    return True
 
 
 @pytest.fixture
@@ -180,3 +188,9 @@ def up_on() -> Iterator[Any]:
 def corpus(tmp_path: Path) -> Path:
     """A folder of four small documents, one of each kind of text."""
     return write_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture
+def system_on() -> Any:
+    """Commands for the system that an :class:`UpProcess` runs."""
+    return lambda up: SystemForTests(up, up.data_dir)
