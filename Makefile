@@ -12,8 +12,10 @@ INSTALLED := $(VENV)/.installed-$(if $(wildcard $(VENV)/.packages-dev),dev,runti
 
 LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
 
-.PHONY: demo test bench lint lock clean
+.PHONY: install demo test bench lint lock clean
 .DEFAULT_GOAL := demo
+
+install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/magnatronic demo
