@@ -22,14 +22,13 @@ from agents.researcher import Researcher
 from agents.retriever import Retriever
 from magnatronic.errors import WrongInputError
 from magnatronic.settings import Settings
-from schemas.topics import Topic, topic_of
 from sinks.clickhouse.client import ClickHouse
 from sinks.clickhouse.writer import ClickHouseSink
 from sinks.milvus.memory import MilvusMemory
 from sinks.milvus.sink import MilvusSink
 from sinks.milvus.store import MilvusStore
 from sinks.sink import Sink
-from streams.bindings import Binding
+from streams.bindings import Binding, bind
 
 __all__ = ["AGENT_ROLES", "ROLES", "Workbench", "agents_of", "all_agents"]
 
@@ -43,12 +42,6 @@ ROLES: Final = (*AGENT_ROLES, "agents", *SINK_ROLES)
 
 _NEEDS_MEMORY: Final = frozenset({"retriever", "researcher"})
 _NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "embedder"})
-
-_EMBEDDER_CONCURRENCY: Final = 8
-"""Documents that are embedded side by side: enough to fill the model's batches, few enough that each is soon done."""
-
-_EMBEDDER_TIMEOUT_S: Final = 900.0
-"""A document of 10,000 chunks takes minutes on a CPU."""
 
 
 def all_agents() -> tuple[Agent[Any], ...]:
@@ -154,26 +147,6 @@ class Workbench:
     def close(self) -> None:
         """Let go of stores and models, the last made first."""
         self._closing.close()
-
-
-def bind(agent: Agent[Any]) -> Binding:
-    """``agent`` on the topics of the events that it consumes; a worker only on those of its capabilities."""
-    topics: dict[str, None] = {}
-    for event in agent.consumes:
-        topics.update(dict.fromkeys(_names(topic_of(event), agent.capabilities)))
-    if agent.name == "embedder":
-        return Binding(agent, tuple(topics), concurrency=_EMBEDDER_CONCURRENCY, timeout_s=_EMBEDDER_TIMEOUT_S)
-    return Binding(agent, tuple(topics))
-
-
-def _names(topic: Topic, capabilities: Sequence[str]) -> list[str]:
-    if not topic.per_capability:
-        return list(topic.names())
-    return [
-        name
-        for name in topic.names()
-        if any(name.startswith(f"{topic.name}.{capability}.") for capability in capabilities)
-    ]
 
 
 def _encoder(model: str) -> TextEncoder:

@@ -1,11 +1,12 @@
 """Which agent reads which topics, and how it is run: one screen.
 
-In: the agents. Out: a :class:`Binding` each, what a deployment runs. An agent's lane (``Agent.lane``) orders its
-events; what it emits goes to the topic of the event's type, at the priority of the topic that its cause came from.
+In: an agent. Out: its :class:`Binding`, what a deployment runs. An agent's lane (``Agent.lane``) orders its events;
+what it emits goes to the topic of the event's type, at the priority of the topic that its cause came from.
 """
 
-from typing import Final
+from typing import Any, Final
 
+from agents.agent import Agent
 from agents.coordinator import Coordinator
 from agents.decomposer import Decomposer
 from agents.embedder import Embedder
@@ -15,22 +16,33 @@ from agents.retriever import Retriever
 from schemas.topics import TOPICS
 from streams.binding import Binding
 
-__all__ = ["Binding", "bindings"]
+__all__ = ["Binding", "bind"]
 
 _NAMES: Final = {topic.name: topic.names() for topic in TOPICS}
 
 
-def bindings(embedder: Embedder) -> tuple[Binding, ...]:
-    """Every agent and its topics. The Embedder is handed in, as it is made for the process's embedding model."""
-    return (
-        Binding(Decomposer(), _NAMES["tasks"], timeout_s=120.0),
-        Binding(Coordinator(), _NAMES["tasks.lifecycle"], timeout_s=120.0),
-        Binding(Retriever(), _work("retrieve")),
-        Binding(Researcher(), _work("research"), timeout_s=180.0),
-        Binding(Overseer(), _NAMES["work.results"]),
-        # A document is embedded whole; few at a time keep its vectors' memory small.
-        Binding(embedder, _NAMES["documents"], concurrency=8, max_in_flight=64, timeout_s=300.0),
-    )
+def bind(agent: Agent[Any]) -> Binding:
+    """``agent`` on its topics.
+
+    Raises:
+        LookupError: nothing says what topics it reads; add it here.
+    """
+    match agent:
+        case Decomposer():
+            return Binding(agent, _NAMES["tasks"], timeout_s=120.0)
+        case Coordinator():
+            return Binding(agent, _NAMES["tasks.lifecycle"], timeout_s=120.0)
+        case Retriever():
+            return Binding(agent, _work("retrieve"))
+        case Researcher():
+            return Binding(agent, _work("research"), timeout_s=180.0)
+        case Overseer():
+            return Binding(agent, _NAMES["work.results"])
+        case Embedder():
+            # Enough documents side by side to fill the model's batches, few enough that each is soon done and their
+            # vectors take little memory. A document of 10,000 chunks takes minutes on a CPU.
+            return Binding(agent, _NAMES["documents"], concurrency=8, max_in_flight=64, timeout_s=900.0)
+    raise LookupError(f"no binding says what topics {agent.name} reads; add it in streams.bindings.bind")
 
 
 def _work(capability: str) -> tuple[str, ...]:
