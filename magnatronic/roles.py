@@ -5,6 +5,7 @@ through, and sinks. ``up`` runs all roles in one process, ``run`` one of them on
 """
 
 import contextlib
+import socket
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -20,8 +21,11 @@ from agents.overseer import Overseer
 from agents.providers import create_provider
 from agents.researcher import Researcher
 from agents.retriever import Retriever
+from magnatronic.discovery import make_codec
 from magnatronic.errors import WrongInputError
 from magnatronic.settings import Settings
+from schemas.codec import Codec
+from schemas.topics import TOPICS
 from sinks.clickhouse.client import ClickHouse
 from sinks.clickhouse.writer import ClickHouseSink
 from sinks.milvus.memory import MilvusMemory
@@ -30,7 +34,7 @@ from sinks.milvus.store import MilvusStore
 from sinks.sink import Sink
 from streams.bindings import Binding, bind
 
-__all__ = ["AGENT_ROLES", "ROLES", "Workbench", "agents_of", "all_agents"]
+__all__ = ["AGENT_ROLES", "ROLES", "Workbench", "agents_of", "all_agents", "instance_name", "ready_codec"]
 
 AGENT_ROLES: Final = ("decomposer", "coordinator", "retriever", "researcher", "overseer", "embedder")
 """Each agent is a role of its own."""
@@ -47,6 +51,26 @@ _NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "emb
 def all_agents() -> tuple[Agent[Any], ...]:
     """Every agent that decides on tasks; what a task's replay runs."""
     return (Decomposer(), Coordinator(), Retriever(), Researcher(), Overseer())
+
+
+def instance_name(role: str, number: int) -> str:
+    """What a process is called in its consumer groups, and its transactional producers with it.
+
+    No two living processes may share it, on whatever machines they run, and a restarted one should have its old one:
+    the machine's name, the role and the slot that the process holds there make it both.
+    """
+    return f"{socket.gethostname()}-{role}-{number}"
+
+
+def ready_codec(settings: Settings) -> Codec:
+    """The codec, with the ids of all event types at hand.
+
+    Raises:
+        RegistryError: the schema registry gave no ids.
+    """
+    codec = make_codec(settings)
+    codec.prepare(*(event for topic in TOPICS for event in topic.events))
+    return codec
 
 
 def agents_of(role: str) -> tuple[str, ...]:

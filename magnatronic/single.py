@@ -10,10 +10,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
+from magnatronic.broker.topics import ensure_topics
 from magnatronic.discovery import FoundSystem
 from magnatronic.errors import PartFailedError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER
-from magnatronic.roles import SINK_ROLES, Workbench, agents_of
+from magnatronic.roles import SINK_ROLES, Workbench, agents_of, instance_name, ready_codec
 from magnatronic.system import first_of
 from sinks.runner import SinkRunner
 from streams.runner import Runner
@@ -25,7 +26,8 @@ _READY_TIMEOUT_S: Final = 60.0
 
 
 class SingleRole:
-    """Runs ``role``. ``slot`` names this instance; by default the lowest that no process of this machine holds.
+    """Runs ``role``. ``slot`` names this instance among all that run its agents, and is the same after a restart; by
+    default it is made of the machine's name, the role and the lowest number that no process here holds.
 
     Raises:
         WrongInputError: there is no such role, or it needs a store that only the system on the data folder can open.
@@ -36,8 +38,11 @@ class SingleRole:
         self.role = role
         self.settings = found.settings
         self._check_stores()
-        self._lock = SlotLock(self.settings.data_dir, role) if slot is None else None
-        self.slot = str(self._lock.slot if self._lock is not None else slot)
+        self._lock: SlotLock | None = None
+        if slot is None:
+            self._lock = SlotLock(self.settings.data_dir, role)
+            slot = instance_name(role, self._lock.slot)
+        self.slot = slot
         self._kafka: dict[str, Any] = {**found.kafka, "logger": KAFKA_LOGGER}
         self._found = found
         self._workbench = Workbench(self.settings)
@@ -59,12 +64,21 @@ class SingleRole:
         """Start; returns when it works. When it raises, nothing is left running.
 
         Raises:
+            BrokerError: the topics can't be had.
             PartFailedError: it failed or was not ready in time.
+            RegistryError: the schema registry gave no ids.
         """
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
         try:
-            codec = self._found.codec()
+            codec = await asyncio.to_thread(ready_codec, self.settings)
+            if not self.settings.embedded_kafka:
+                await asyncio.to_thread(
+                    ensure_topics,
+                    self._kafka,
+                    partitions=self.settings.partitions,
+                    replication_factor=self.settings.replication_factor,
+                )
             if self.role in SINK_ROLES:
                 sink = await asyncio.to_thread(self._workbench.sink, self.role)
                 self._sink = SinkRunner(

@@ -21,11 +21,10 @@ from typing import Any, Final, Self
 from magnatronic.broker import EmbeddedBroker
 from magnatronic.broker.topics import ensure_topics
 from magnatronic.control import ControlServer, socket_path
-from magnatronic.discovery import make_codec
 from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError
 from magnatronic.follow import KAFKA_LOGGER
 from magnatronic.queries import answer_query
-from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench
+from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench, instance_name, ready_codec
 from magnatronic.settings import Settings
 from schemas.codec import Codec
 from sinks.runner import SinkRunner
@@ -34,6 +33,7 @@ from streams.runner import Runner
 __all__ = ["FolderLock", "RunningSystem", "System", "SystemInfo", "first_of", "new_event_loop"]
 
 _LOGGER: Final = logging.getLogger(__name__)
+_SLOT: Final = instance_name("up", 0)
 _CATCH_UP_S: Final = 30.0
 _READY_TIMEOUT_S: Final = 60.0
 
@@ -113,7 +113,7 @@ class System:
         # The JVM takes two seconds to come up; models and stores open meanwhile.
         kafka, codec, _ = await asyncio.gather(
             asyncio.to_thread(self._start_kafka),
-            asyncio.to_thread(self._prepare_codec),
+            asyncio.to_thread(ready_codec, self.settings),
             asyncio.to_thread(self._open_stores),
         )
         self.kafka = kafka
@@ -125,6 +125,7 @@ class System:
             codec=codec,
             kafka=kafka,
             ports=self._workbench.ports(AGENT_ROLES),
+            slot=_SLOT,
         )
         self._watch("agents", self._agents.run())
         if self._broker is not None:
@@ -150,9 +151,6 @@ class System:
         ensure_topics(kafka, partitions=settings.partitions, replication_factor=settings.replication_factor)
         return kafka
 
-    def _prepare_codec(self) -> Codec:
-        return make_codec(self.settings)
-
     def _open_stores(self) -> None:
         self._workbench.llm()
         self._workbench.embedding()
@@ -163,7 +161,7 @@ class System:
         def failed(error: BaseException) -> None:
             loop.call_soon_threadsafe(self._fail, role, error)
 
-        runner = SinkRunner(self._workbench.sink(role), codec=codec, kafka=self.kafka, instance="0", on_error=failed)
+        runner = SinkRunner(self._workbench.sink(role), codec=codec, kafka=self.kafka, instance=_SLOT, on_error=failed)
         self._sinks[role] = runner
         runner.start()
 

@@ -74,7 +74,9 @@ def _say_where(info: "SystemInfo", out: Output) -> None:
 
 @click.command()
 @click.argument("role")
-@click.option("--slot", help="A name for this instance, unique in its role. Default: the first that is free here.")
+@click.option(
+    "--slot", help="A name for this instance that no other has. Default: made of machine, role and a free number."
+)
 @common_options
 def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> int:
     """Run one ROLE alone: an agent by name, `agents`, `sink-clickhouse` or `sink-milvus`.
@@ -88,14 +90,14 @@ def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> i
 
     single = SingleRole(role, find_system(data_dir), slot=slot)
     settings = single.settings
-    log_to(settings.data_dir / "logs" / f"{role}-{single.slot}.log", settings.log_level)
+    log_to(settings.data_dir / "logs" / f"{single.slot}.log", settings.log_level)
 
     async def serve(stop: asyncio.Event) -> int:
         await single.start()
         if out.as_json:
             out.json({"event": "ready", "role": role, "slot": single.slot})
         else:
-            click.echo(f"{role} {single.slot} is ready (Ctrl-C stops it)")
+            click.echo(f"{single.slot} is ready (Ctrl-C stops it)")
         failure = await single.until(stop)
         await single.stop()
         if failure is not None:

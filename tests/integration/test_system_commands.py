@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,9 +220,10 @@ def test_a_second_up_on_the_same_folder_is_refused(system: "SystemForTests") -> 
 
 
 def test_a_role_beside_the_system_shares_its_work(system: "SystemForTests") -> None:
-    process = system.start("run", "coordinator", "--slot", "beside", "--json")
+    process = system.start("run", "coordinator", "--json")
     assert process.stdout is not None
-    assert json.loads(process.stdout.readline()) == {"event": "ready", "role": "coordinator", "slot": "beside"}
+    ready = json.loads(process.stdout.readline())
+    assert ready == {"event": "ready", "role": "coordinator", "slot": f"{socket.gethostname()}-coordinator-0"}
     try:
         for _ in range(3):
             assert as_json(system.run("ask", "--json", "What is a widget?"))["ok"]
