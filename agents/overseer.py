@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from agents.agent import Agent, Failure
 from agents.context import Context
 from agents.text import (
+    bare,
     best_sentences,
     containment,
     content_words,
@@ -52,6 +53,7 @@ three, claims about the same thing that it does not say 0.35 to 0.64."""
 _MAX_REVISIONS: Final = 1
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_WORD = re.compile(r"\w+")
 _NAME = re.compile(
     r"\b(?:[A-Z][\w-]*[A-Z0-9_][\w-]*|[a-z]\w*_\w+|[a-z]+[A-Z]\w*|\w+\d\w*)\b|(?<=[a-z,;:] )[A-Z][a-z]+\b"
 )
@@ -146,10 +148,11 @@ def _evidence_for(claim: Claim, evidence: Sequence[Evidence]) -> Sequence[Eviden
 
 def _hold(claim: Claim, evidence: Sequence[Evidence]) -> _Held:
     words = content_words(claim.text)
+    said = bare(claim.text)
     best = _Held(claim.text, claim.chunk_ids, 0.0, faithful=False, window="")
     for item in evidence:
         candidates = sentences(item.text) or (item.text,)
-        if claim.text in candidates or claim.text in item.text:
+        if said and (said in map(bare, candidates) or _stands_in(said, item.text)):
             return _Held(claim.text, claim.chunk_ids, 1.0, faithful=True, window=claim.text)
         score, place = best_sentences(words, candidates)[0]
         window = candidates[place]
@@ -164,14 +167,20 @@ def _hold(claim: Claim, evidence: Sequence[Evidence]) -> _Held:
     return best
 
 
+def _stands_in(said: str, text: str) -> bool:
+    """Whether ``text`` has ``said`` as whole lines or sentences: a part of one may leave out its negation."""
+    whole = rf"(?:^|[.!?][\"')*_]*\s)[\s\"'`(*_]*{re.escape(said)}[\"'`)*_]*(?:[.!?,;:](?:\s|$)|\s*$)"
+    return said in text and re.search(whole, text, re.MULTILINE) is not None
+
+
 def _faithful(claim: str, window: str, around: str, whole: str) -> bool:
     """Whether the claim's numbers are near its best sentence (``window``) and its names somewhere in the passage, and
     it is negated just when that sentence is.
     """
     if not set(_NUMBER.findall(claim)) <= set(_NUMBER.findall(around)):
         return False
-    known = set(tokens(whole))
-    if any(not known.issuperset(tokens(name)) for name in _NAME.findall(claim)):
+    known = set(_WORD.findall(whole.lower()))
+    if any(not known.issuperset(_WORD.findall(name.lower())) for name in _NAME.findall(claim)):
         return False
     return _negated(claim) == _negated(window)
 

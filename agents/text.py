@@ -13,6 +13,7 @@ from itertools import takewhile
 from typing import Final
 
 __all__ = [
+    "bare",
     "best_sentences",
     "containment",
     "content_words",
@@ -53,13 +54,20 @@ _RULE = re.compile(r"^\s*([-=~^\"'`#*+:._]\s?)\1{2,}\s*$")
 _BULLET = re.compile(r"^\s*(?:[-*+•]|\d{1,2}[.)]|#\.)\s+(?:\[[ xX]\]\s+)?")
 _HEADING = re.compile(r"^\s{0,3}#{1,6}\s")
 _CODE_LINE = re.compile(
-    r"^\s*(?:>>>|\.\.\. |\$ |% |import \w|from [\w.]+ import |def |class \w+[(:]|@\w|async def |await |return |"
-    r"print\(|pip install|"
-    r"[\w.\[\]\"']+\s*=\s*\S|[\w.]+\([^)]*\)\s*$|[{}\[\]();]+\s*$)"
+    r"^\s*(?:>>>|\.\.\. |\$ |% |import \w|from [\w.]+ import |def |class \w+[(:]|@\w|async (?:def|with|for) |await |"
+    r"return |print\(|[\w.\[\]\"']+\s*=\s*\S|[\w.]+\([^)]*\)\s*$|[{}\[\]();]+\s*$|"
+    r"(?:sudo |uv )?(?:pip3?|pipx|conda|mamba|brew|snap|apt|apt-get|npm|cargo|pre-commit) "
+    r"(?:install|config|create|build|add)\b|"
+    r"python3? -m |poetry add |uv (?:add|sync|run|tool|pip) |git (?:clone|add|commit|checkout|push) |source \S+/|"
+    r"docker (?:run|pull|build|compose) |export \w+=)"
 )
+_CODE_HEAD = re.compile(r"^\s*(?:with|for|while|if|elif|else|try|except|finally|match|case)\b.*:\s*(?:#.*)?$")
+_CODE_SIGN = re.compile(r"(?:^|\s)(?:#|&&|>>>)\s|\s--\s--\s")
 _END = re.compile(
-    r"(?<=[.!?])[\"')\]*_]*\s+(?=[\"'(\[*_`]*[A-Z0-9`]|[a-z][\w-]* (?:is|are|can|has|will|does|supports|provides)\b)"
+    r"(?<=[.!?])[\"')\]*_]*\s+(?!\[\d)"
+    r"(?=[\"'(\[*_`]*[A-Z0-9`]|[a-z][\w-]* (?:is|are|can|has|will|does|supports|provides)\b)"
     r"|(?<=[.!?]\])\s+(?=[A-Z0-9`])"
+    r"|(?<=\d\][.!?])\s+"  # a cited sentence ends whatever comes next: names and commands begin in small letters
 )
 _ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|St|Fig|Inc|Ltd|approx|incl|resp|al|ver|v)|\b[A-Z])\.$"
@@ -67,8 +75,10 @@ _ABBREVIATION = re.compile(
 _TOKEN = re.compile(r"\w+(?:[./]\w+)*[+#]*")
 _CUT_OFF = re.compile(r"\b(?:at|on|see|the|a|an|to|in|from|of|via|by|with|for|and|or|is|are)[.:]?$", re.IGNORECASE)
 _MARKER = re.compile(r"\s?\[(\d{1,4}(?:\s*,\s*\d{1,4})*)\]")
-_TRAILING_MARKERS = re.compile(r"([.!?])((?:\s?\[\d{1,4}(?:\s*,\s*\d{1,4})*\])+)")
+_TRAILING_MARKERS = re.compile(r"([.!?])([\"')*_]*)((?:\s?\[\d{1,4}(?:\s*,\s*\d{1,4})*\])+)")
 _SPACE = re.compile(r"\s+")
+
+_OUTER: Final = " .!?,;:\"'`()*_"
 
 _SHORT_ITEM: Final = 8
 _LIST_ITEMS: Final = 16
@@ -156,13 +166,21 @@ def sentences(text: str) -> tuple[str, ...]:
 
 
 def split_sentences(prose: str) -> list[str]:
-    """``prose`` without markup cut at the ends of its sentences; abbreviations and versions don't end one."""
+    """``prose`` without markup cut at the ends of its sentences; abbreviations and versions don't end one.
+
+    A full stop behind a citation marker always does: sentences that :func:`markers_inside` has cited and a space has
+    joined come apart again as they were.
+    """
+    prose = _SPACE.sub(" ", prose).strip()
     parts: list[str] = []
-    for part in _END.split(_SPACE.sub(" ", prose).strip()):
-        if parts and _ABBREVIATION.search(parts[-1]):
-            parts[-1] = f"{parts[-1]} {part}"
-        elif part:
+    start = 0
+    for end in _END.finditer(prose):
+        part = prose[start : end.end()].rstrip()
+        if part and not _ABBREVIATION.search(part):
             parts.append(part)
+            start = end.end()
+    if start < len(prose):
+        parts.append(prose[start:])
     return parts
 
 
@@ -194,7 +212,7 @@ def _blocks(text: str) -> list[str]:
     blocks: list[str] = []
     current: list[str] = []
     items: list[str] = []
-    in_item = introduced = code = doctest = False
+    in_item = introduced = code = doctest = solid = False
 
     def close() -> None:
         nonlocal in_item, introduced
@@ -232,10 +250,15 @@ def _blocks(text: str) -> list[str]:
             close()
             if stripped:
                 end_list()
-            code, doctest = code and not stripped and not doctest, False
+            code, doctest, solid = code and not stripped and not doctest, False, False
             continue
         bullet = _BULLET.match(line)
-        if (indented and not current and not bullet) or (_CODE_LINE.match(line) and (not current or code or indented)):
+        if solid and not bullet:
+            continue
+        if (indented and not current and not bullet) or (
+            _is_code(line, following) and (not current or code or indented)
+        ):
+            solid = not current  # what begins as code is code up to the blank line
             close()
             end_list()
             code = True
@@ -255,6 +278,13 @@ def _blocks(text: str) -> list[str]:
     return blocks
 
 
+def _is_code(line: str, following: str) -> bool:
+    """Whether ``line`` is a statement or a command, or the head of an indented block of them."""
+    if _CODE_LINE.match(line):
+        return True
+    return bool(_CODE_HEAD.match(line)) and following.startswith(("  ", "\t"))
+
+
 def _is_layout(line: str, following: str) -> bool:
     """Whether ``line`` is a heading, a rule or a row of a table."""
     if _HEADING.match(line) or _RULE.match(line) or (line.strip() and _RULE.match(following)):
@@ -266,13 +296,22 @@ def _reads_as_sentence(sentence: str) -> bool:
     words = sentence.split()
     if not 4 <= len(words) <= 80 or sentence.endswith((":", ",", "(", "\\", "...", "…")):
         return False
-    if _CUT_OFF.search(sentence):  # what stood there was a link
+    if _CUT_OFF.search(sentence) or _CODE_SIGN.search(sentence):  # what was cut off was a link
         return False
     letters = sum(character.isalpha() or character == " " for character in sentence)
     if letters < 0.75 * len(sentence):
         return False
     first = sentence[sentence[0] in "\"'“*`." :]
     return first[:1].isalnum() and not first.startswith("see ")
+
+
+def bare(sentence: str) -> str:
+    """``sentence`` without its outer punctuation and surplus space: equal for two that differ in nothing else.
+
+    >>> bare('It is "fast".') == bare('It is "fast."')
+    True
+    """
+    return _SPACE.sub(" ", sentence).strip(_OUTER)
 
 
 def markers_of(text: str) -> tuple[int, ...]:
@@ -282,12 +321,13 @@ def markers_of(text: str) -> tuple[int, ...]:
 
 
 def markers_inside(text: str) -> str:
-    """``text`` with the markers behind a full stop put before it, so that each stays with its sentence.
+    """``text`` with the markers behind a full stop (and closing quotes) put before it, so that each stays with its
+    sentence.
 
     >>> markers_inside("It is fast. [1] It is small. [2]")
     'It is fast [1]. It is small [2].'
     """
-    return _TRAILING_MARKERS.sub(lambda match: f" {match[2].strip()}{match[1]}", text)
+    return _TRAILING_MARKERS.sub(lambda match: f"{match[2]} {match[3].strip()}{match[1]}", text)
 
 
 def without_markers(text: str) -> str:

@@ -21,7 +21,7 @@ import orjson
 
 from agents.answering import NOT_FOUND_WORD
 from agents.context import LlmRequest, LlmResponse, Passage, Purpose
-from agents.text import content_words, is_not_found, markers_inside, overlap, sentences, split_sentences
+from agents.text import content_words, is_not_found, markers_inside, markers_of, overlap, sentences, split_sentences
 
 __all__ = ["ExtractiveModel"]
 
@@ -176,7 +176,7 @@ def _candidates(passages: Sequence[Passage]) -> list[_Candidate]:
         title = frozenset(content_words(passage.title))
         name = frozenset(content_words(passage.title.partition(" > ")[0]))
         for place, text in enumerate(sentences(passage.text)):
-            if text not in seen and not text.endswith("?"):
+            if text not in seen and not text.endswith("?") and not markers_of(text):  # its [1] would cite
                 seen.add(text)
                 traits = _traits(text)
                 found.append(_Candidate(number, place, text, traits, traits.words, title, name))
@@ -281,7 +281,7 @@ def _news(item: _Candidate, weights: dict[str, float], covered: set[str]) -> flo
 
 
 def _ended(text: str) -> str:
-    return text if text[-1] in ".!?" or text.endswith((".)", '."')) else f"{text}."
+    return text if text.rstrip("\"')*_")[-1:] in tuple(".!?") else f"{text}."
 
 
 def synthesise(notes: Sequence[Passage]) -> str:

@@ -137,3 +137,27 @@ async def test_a_result_that_could_not_be_assessed_fails_the_step(harness: Any) 
     assert "could not be assessed: model gone" in failed.message
     again = await harness.fail(Overseer(), completed("x"), Failure("E", "m", retryable=True))
     assert not again.outputs[0].event.retryable
+
+
+async def test_any_verbatim_sentence_passes_with_its_full_stop_or_without(harness: Any) -> None:
+    text = "Explicit support for Python 3.15 (on Linux)\n\nIt never blocks. asyncio client for Kafka"
+    evidence = (Evidence(chunk_id="o#0", document_id="o", title="orjson", text=text),)
+    event = completed(
+        "Explicit support for Python 3.15 (on Linux).", "It never blocks. asyncio client for Kafka."
+    ).model_copy(update={"evidence": evidence})
+    assert (await assess(harness, event)).decision is Assessment.ACCEPT
+    assert harness.embedding.calls == []
+
+
+async def test_a_piece_of_a_sentence_that_leaves_its_negation_out_fails(harness: Any) -> None:
+    harness.embedding.cosine = 0.95
+    evidence = (Evidence(chunk_id="o#0", document_id="o", title="o", text="It is not true that orjson is slow."),)
+    event = completed("orjson is slow.").model_copy(update={"evidence": evidence})
+    assert (await assess(harness, event)).decision is Assessment.REVISE
+
+
+async def test_a_version_is_one_number_and_no_name(harness: Any) -> None:
+    harness.embedding.cosine = 0.95
+    evidence = (Evidence(chunk_id="o#0", document_id="o", title="o", text="It needs CPython 3.15 on each machine."),)
+    event = completed("Each machine needs CPython 3.15.").model_copy(update={"evidence": evidence})
+    assert (await assess(harness, event)).decision is Assessment.ACCEPT

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.text import (
+    bare,
     containment,
     content_words,
     is_not_found,
@@ -94,6 +95,45 @@ def test_any_text_has_sentences_in_plain_form(text: str) -> None:
         assert len(sentence.split()) >= 4
 
 
+@given(st.text(alphabet="abcA1 .\n\t*->`(){}:_!?;\"'\\", max_size=300))
+def test_cited_sentences_come_apart_as_they_were(text: str) -> None:
+    said = sentences(text)
+    ended = " ".join(
+        markers_inside(f"{sentence if bare(sentence)[-1:] != sentence[-1] else sentence + '.'} [{number}]")
+        for number, sentence in enumerate(said, start=1)
+    )
+    assert [bare(without_markers(part)) for part in split_sentences(ended)] == [bare(sentence) for sentence in said]
+
+
+CHUNK = """The module is quick.
+
+async with timeout(1.5) as cm:
+    cm.when()    # recommended api
+    cm.deadline  # compatible api
+
+or as a package:
+
+conda config --add channels https://conda.example.io
+conda install some-package
+
+jgo org.python:jython-standalone -- -- script.py --verbose
+
+git add -u .
+somecommand with four words
+
+if you want to know more, ask us."""
+"""As the chunker leaves it: code without its fence."""
+
+
+def test_code_without_a_fence_is_no_sentence() -> None:
+    assert sentences(CHUNK) == ("The module is quick.", "if you want to know more, ask us.")
+
+
+def test_a_cited_sentence_ends_before_a_small_letter() -> None:
+    text = "It is quick [1]. timeout parameter could be None [2]. asyncio-compatible manager [3]."
+    assert [markers_of(part) for part in split_sentences(text)] == [(1,), (2,), (3,)]
+
+
 @pytest.mark.parametrize(
     "text", ["[" * 20_000, "`" * 20_000, "*a" * 10_000, "<" * 20_000, "![](" * 5_000, ".. a\n" * 4_000]
 )
@@ -154,6 +194,11 @@ def test_markers() -> None:
     assert renumber("array[0] stays, [9] goes", {0: 0}) == "array[0] stays, goes"
     assert markers_inside("Fast. [1] Small! [2][3] Done [4].") == "Fast [1]. Small [2][3]! Done [4]."
     assert split_sentences("Fast [1]. Small [2].") == ["Fast [1].", "Small [2]."]
+
+
+def test_a_closing_quote_stays_with_its_sentence() -> None:
+    assert markers_inside('It says "so." [1] Next.') == 'It says "so" [1]. Next.'
+    assert split_sentences('He said "So it is." Next one.') == ['He said "So it is."', "Next one."]
 
 
 def test_not_found_is_recognised() -> None:
