@@ -44,6 +44,19 @@ CHANGELOG_CONFIG: Final[Mapping[str, str]] = {
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _METADATA_TIMEOUT_S: Final = 30.0
+_LEADER_TIMEOUT_S: Final = 30.0
+_LEADER_POLL_S: Final = 0.05
+_NO_LEADER_YET: Final = frozenset(
+    {
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_PARTITION,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._NOENT,  # list_offsets' "No leaders found"
+    }
+)
+"""What a broker says of a topic that was created a moment ago, or of a partition whose leader has just gone."""
 _BATCH: Final = 2000
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -222,7 +235,7 @@ def restore(
         return {}
     deadline = time.monotonic() + timeout_s
     try:
-        ends = _high_watermarks(kafka, places, timeout_s)
+        ends = _high_watermarks(kafka, places, deadline)
         consumer = Consumer(reader_settings(kafka, f"restore-{uuid4()}"))
         try:
             return _read(consumer, ends, codec, deadline)
@@ -233,12 +246,27 @@ def restore(
 
 
 def _high_watermarks(
-    kafka: Mapping[str, Any], places: list[TopicPartition], timeout_s: float
+    kafka: Mapping[str, Any], places: list[TopicPartition], deadline: float
 ) -> dict[tuple[str, int], int]:
-    wanted = {TopicPartition(place.topic, place.partition): OffsetSpec.latest() for place in places}
     admin = AdminClient(dict(kafka))  # bound: a client that is collected takes its unanswered requests with it
-    futures = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=timeout_s)
-    return {(place.topic, place.partition): future.result(timeout_s).offset for place, future in futures.items()}
+    leaders_by = min(deadline, time.monotonic() + _LEADER_TIMEOUT_S)
+    ends: dict[tuple[str, int], int] = {}
+    wanted = {TopicPartition(place.topic, place.partition): OffsetSpec.latest() for place in places}
+    while True:
+        left = max(deadline - time.monotonic(), 1.0)
+        futures = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=left)
+        leaderless = {}
+        for place, future in futures.items():
+            try:
+                ends[place.topic, place.partition] = future.result().offset
+            except KafkaException as error:
+                if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > leaders_by:
+                    raise
+                leaderless[place] = wanted[place]
+        if not leaderless:
+            return ends
+        wanted = leaderless
+        time.sleep(_LEADER_POLL_S)
 
 
 def _read(
@@ -257,7 +285,7 @@ def _read(
             if error is None:
                 _apply(raw[place], message)
             elif error.code() != KafkaError._PARTITION_EOF:
-                if not error.retriable():
+                if not error.retriable() and error.code() not in _NO_LEADER_YET:
                     raise KafkaException(error)
             elif message.offset() >= ends[place]:
                 waiting.discard(place)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
 from pydantic import BaseModel, ConfigDict
 
 from agents.agent import Agent, Failure
@@ -31,10 +31,10 @@ from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import TOPICS, key_of
 from streams.binding import Binding
-from streams.errors import FencedError, MissingTopicError, StateError
+from streams.errors import ClusterError, FencedError, MissingTopicError, StateError
 from streams.kafka import producer_settings, reader_settings
 from streams.processor import Processor
-from streams.state import changelog_topic
+from streams.state import StateCodec, changelog_topic, restore
 
 OUTPUTS = ("work.results.normal", "tasks.lifecycle.normal", "effects", "dead-letters")
 CODEC = Codec()
@@ -515,3 +515,21 @@ async def test_a_missing_topic_is_told(bench: Bench) -> None:
     binding = replace(bench.binding, topics=("nowhere.normal",))
     with pytest.raises(MissingTopicError, match=r"nowhere\.normal"):
         await bench.processor(binding=binding).run()
+
+
+async def test_a_restore_waits_for_the_leader_of_a_new_changelog(bench: Bench) -> None:
+    changelog = f"{bench.topic}.late.changelog"
+    places = [(changelog, number) for number in range(PARTITIONS)]
+    restoring = asyncio.create_task(
+        asyncio.to_thread(restore, bench.kafka.config, places, StateCodec(Total), timeout_s=20)
+    )
+    await asyncio.sleep(0.3)
+    assert not restoring.done()
+    created = bench.kafka.admin.create_topics([NewTopic(changelog, PARTITIONS, 1)])
+    await asyncio.to_thread(created[changelog].result)
+    assert await restoring == {place: {} for place in places}
+
+
+async def test_a_restore_tells_of_a_changelog_that_stays_away(bench: Bench) -> None:
+    with pytest.raises(ClusterError, match="changelogs can't be read"):
+        await asyncio.to_thread(restore, bench.kafka.config, [("nowhere", 0)], StateCodec(Total), timeout_s=0.5)
