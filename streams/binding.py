@@ -24,7 +24,7 @@ class Binding:
     agent: Agent[Any]
     topics: tuple[str, ...]
     concurrency: int = 256
-    max_in_flight: int = 8192
+    max_in_flight: int = 4096
     max_attempts: int = 3
     backoff_s: float = 0.2
     max_backoff_s: float = 30.0

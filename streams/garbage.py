@@ -2,8 +2,9 @@
 
 In: nothing. Out: the interpreter's collector, set for thousands of events in flight. Each of those is dozens of live
 objects. With the default thresholds (700, 10, 10) the collector goes over them again and again and finds nothing, since
-what a processor leaves behind is freed by reference counts. Measured on the typed step: 67 µs of CPU an event with the
-defaults, 46 with these.
+what a processor leaves behind is freed by reference counts. The first threshold is one that the objects of a full
+processor don't reach, so that they are gone before they are looked at. Measured on the typed step: 67 µs of CPU an
+event with the defaults, 45 with a first threshold of 50,000, 40 with this one.
 """
 
 import gc
@@ -11,7 +12,7 @@ from typing import Final
 
 __all__ = ["settle_garbage_collector"]
 
-_THRESHOLDS: Final = (50_000, 20, 50)
+_THRESHOLDS: Final = (400_000, 5, 20)
 
 
 def settle_garbage_collector() -> None:
