@@ -55,8 +55,10 @@ _BULLET = re.compile(r"^\s*(?:[-*+•]|\d{1,2}[.)]|#\.)\s+(?:\[[ xX]\]\s+)?")
 _HEADING = re.compile(r"^\s{0,3}#{1,6}\s")
 _CODE_LINE = re.compile(
     r"^\s*(?:>>>|\.\.\. |\$ |% |import \w|from [\w.]+ import |def |class \w+[(:]|@\w|async (?:def|with|for) |await |"
-    r"return |print\(|[\w.\[\]\"']+\s*=\s*\S|[\w.]+\([^)]*\)\s*$|[{}\[\]();]+\s*$|"
-    r"(?:sudo |uv )?(?:pip3?|pipx|conda|mamba|brew|snap|apt|apt-get|npm|cargo|pre-commit) "
+    r"return |print\(|[\w.\[\]\"']+\s*=\s*\S|[\w.]+\([^)]*\)\s*$|[{}\[\]();]+\s*$)"
+)
+_COMMAND = re.compile(
+    r"^\s*(?:[$%] )?(?:(?:sudo |uv )?(?:pip3?|pipx|conda|mamba|brew|snap|apt|apt-get|npm|cargo|pre-commit) "
     r"(?:install|config|create|build|add)\b|"
     r"python3? -m |poetry add |uv (?:add|sync|run|tool|pip) |git (?:clone|add|commit|checkout|push) |source \S+/|"
     r"docker (?:run|pull|build|compose) |export \w+=)"
@@ -65,7 +67,8 @@ _CODE_HEAD = re.compile(r"^\s*(?:with|for|while|if|elif|else|try|except|finally|
 _CODE_SIGN = re.compile(r"(?:^|\s)(?:#|&&|>>>)\s|\s--\s--\s")
 _END = re.compile(
     r"(?<=[.!?])[\"')\]*_]*\s+(?!\[\d)"
-    r"(?=[\"'(\[*_`]*[A-Z0-9`]|[a-z][\w-]* (?:is|are|can|has|will|does|supports|provides)\b)"
+    r"(?=[\"'(\[*_`]*[A-Z0-9`]|[a-z][\w-]* (?:is|are|can|has|will|does|supports|provides|requires|needs|offers|"
+    r"implements|uses|makes|lets)\b)"
     r"|(?<=[.!?]\])\s+(?=[A-Z0-9`])"
     r"|(?<=\d\][.!?])\s+"  # a cited sentence ends whatever comes next: names and commands begin in small letters
 )
@@ -84,16 +87,31 @@ _SHORT_ITEM: Final = 8
 _LIST_ITEMS: Final = 16
 """Words in a list's items and items in a list that a sentence can take in and still be read."""
 
+_CODE_LINES: Final = 2
+_CODE_CHARS: Final = 160
+"""More code than this is there to be read where it stands."""
+
+_PROMPT: Final = re.compile(r"^[$%] ")
+
 _STOP_TEXT: Final = (
     "a about above after again all also am an and any are as at be because been before being below "
     "between both but by can could did do does doing down during each few for from further had has have "
-    "having he her here hers him his how i if in into is it its itself just let me more most my of off on "
+    "having he her here hers him his how i if in into is it its itself just let many me more most much my of off on "
     "once only or other our ours out over own please s same she should so some such t tell than that the "
     "their theirs them then there these they this those through to too under until up us use used uses "
     "using very via was we were what when where which while who whom why will with would you your yours "
     "explain describe give show work works"
 )
 _STOP_WORDS: Final = frozenset(_STOP_TEXT.split())
+
+_SPELLINGS: Final = {
+    "licence": "license",
+    "licences": "license",
+    "licenced": "license",
+    "asynchronous": "async",
+    "asynchronously": "async",
+}
+"""Words that endings don't show to be one."""
 
 _NOT_FOUND: Final = "The corpus holds nothing that answers"
 
@@ -108,6 +126,7 @@ def stem(word: str) -> str:
     """``word`` (lower case) without its commonest English endings, so that configure, configured and configuration
     are one. Words that hold anything but letters (versions, identifiers) stay as they are.
     """
+    word = _SPELLINGS.get(word, word)
     if len(word) < 4 or not word.isalpha():
         return word
     for ending in ("ations", "ation"):
@@ -157,10 +176,11 @@ def overlap(one: Collection[str], other: Collection[str]) -> float:
 def sentences(text: str) -> tuple[str, ...]:
     """The full sentences of marked-up ``text``, in order, without markup, code blocks, badges, tables and headings.
 
-    A list item counts as a sentence when it has at least four words.
+    A list item counts as a sentence when it has at least four words. A command or two of code are quoted in backticks
+    behind the line that leads up to them ("To install it: `pip install x`."), a command with no such line by itself.
     """
     found: list[str] = []
-    for block in _blocks(_unmarked(text)):
+    for block in _blocks(_unmarked(text), frozenset(line.strip() for line in text.split("\n"))):
         found += [sentence for sentence in split_sentences(block) if _reads_as_sentence(sentence)]
     return tuple(dict.fromkeys(found))
 
@@ -205,13 +225,15 @@ def _unmarked(text: str) -> str:
     return html.unescape(text) if "&" in text else text
 
 
-def _blocks(text: str) -> list[str]:
+def _blocks(text: str, written: Collection[str]) -> list[str]:
     """Paragraphs and list items, each in one line. A paragraph that ends in a colon takes in the short items after it:
-    "It supports:", "Linux", "macOS" say something only together.
+    "It supports:", "Linux", "macOS" say something only together. Of code, only such lines are quoted that are
+    ``written`` just so: taking the markup off may have changed others.
     """
     blocks: list[str] = []
     current: list[str] = []
     items: list[str] = []
+    quoted: list[str] = []
     in_item = introduced = code = doctest = solid = False
 
     def close() -> None:
@@ -241,12 +263,28 @@ def _blocks(text: str) -> list[str]:
         items.clear()
         introduced = False
 
+    def end_code() -> None:
+        nonlocal introduced
+        short = 0 < len(quoted) <= _CODE_LINES and sum(map(len, quoted)) <= _CODE_CHARS
+        if short and all(line in written and _is_code(line, "") for line in quoted):
+            code = ", ".join(f"`{_PROMPT.sub('', line)}`" for line in quoted)
+            if introduced and not items:
+                blocks[-1] = f"{blocks[-1]} {code}."
+                introduced = False
+            elif all(_COMMAND.match(line) for line in quoted):
+                end_list()
+                blocks.append(code)
+        if quoted:
+            end_list()
+        quoted.clear()
+
     lines = text.split("\n")
     for number, line in enumerate(lines):
         stripped = line.strip()
         following = lines[number + 1] if number + 1 < len(lines) else ""
         indented = line.startswith(("    ", "\t"))
         if not stripped or _is_layout(line, following):
+            end_code()
             close()
             if stripped:
                 end_list()
@@ -254,25 +292,31 @@ def _blocks(text: str) -> list[str]:
             continue
         bullet = _BULLET.match(line)
         if solid and not bullet:
+            quoted.append(stripped)
             continue
         if (indented and not current and not bullet) or (
             _is_code(line, following) and (not current or code or indented)
         ):
             solid = not current  # what begins as code is code up to the blank line
             close()
-            end_list()
+            if solid:
+                quoted.append(stripped)
+            else:
+                end_list()
             code = True
             doctest = stripped.startswith(">>>")
             continue
         if code and not bullet and (indented or doctest):
             continue
         code = False
+        end_code()
         if bullet:
             close()
             in_item = True
             current.append(line[bullet.end() :].strip())
         else:
             current.append(stripped.lstrip("> "))
+    end_code()
     close()
     end_list()
     return blocks
@@ -280,7 +324,7 @@ def _blocks(text: str) -> list[str]:
 
 def _is_code(line: str, following: str) -> bool:
     """Whether ``line`` is a statement or a command, or the head of an indented block of them."""
-    if _CODE_LINE.match(line):
+    if _CODE_LINE.match(line) or _COMMAND.match(line):
         return True
     return bool(_CODE_HEAD.match(line)) and following.startswith(("  ", "\t"))
 
@@ -293,13 +337,15 @@ def _is_layout(line: str, following: str) -> bool:
 
 
 def _reads_as_sentence(sentence: str) -> bool:
+    if sentence[0] == sentence[-1] == "`" and _COMMAND.match(sentence[1:]):
+        return True
     words = sentence.split()
     if not 4 <= len(words) <= 80 or sentence.endswith((":", ",", "(", "\\", "...", "…")):
         return False
     if _CUT_OFF.search(sentence) or _CODE_SIGN.search(sentence):  # what was cut off was a link
         return False
     letters = sum(character.isalpha() or character == " " for character in sentence)
-    if letters < 0.75 * len(sentence):
+    if letters < (0.5 if ": `" in sentence else 0.75) * len(sentence):
         return False
     first = sentence[sentence[0] in "\"'“*`." :]
     return first[:1].isalnum() and not first.startswith("see ")

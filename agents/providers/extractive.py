@@ -21,6 +21,7 @@ import orjson
 
 from agents.answering import NOT_FOUND_WORD
 from agents.context import LlmRequest, LlmResponse, Passage, Purpose
+from agents.providers.questions import Named, compared, named_in, parts_of, verb_of
 from agents.text import content_words, is_not_found, markers_inside, markers_of, overlap, sentences, split_sentences
 
 __all__ = ["ExtractiveModel"]
@@ -60,15 +61,24 @@ _FOUND_SENTENCE: Final = 0.2
 """The shares of the question's weight that one passage, and the best sentence with its title, must hold to count as an
 answer at all. A passage with the capital letters but not the France of a question about France's capital has less."""
 
+_FOUND_ASKED: Final = 0.55
+"""And the share of what is asked of a named thing that the leading sentence, with its headings, must speak of."""
+
 _DEFINITION = re.compile(
     r"\b(?:what(?:'s|\s+is|\s+are)|who\s+is|tell me about|describe|explain|what\s+does\s+\S+\s+do)\b", re.IGNORECASE
 )
 _IS_A = re.compile(
     r"^(?:the |python |apache )?(?P<name>[\w.-]+)(?:™|®| (?:library|package|module|project|sdk|framework|client))?"
     r"(?:,[^,]{1,40},| \([^)]{1,40}\))?"
-    r"(?: (?:is|are|provides?|implements?|allows?|lets|offers|makes|aims|helps|was written|can be used)\b| ?[-–—:] )",
+    r"(?: (?:(?:is|are)(?! (?:also|currently|not|now|still|in|on|supported|available|licensed|maintained|offered|"
+    r"distributed|released|derived)\b)|provides?|implements?|allows?|lets|offers|makes|aims|helps|was written|"
+    r"can be used)\b| ?[-–—:] )",
     re.IGNORECASE,
 )
+_VERSION = re.compile(r"\bv?\d+\.\d|\b[A-Z]\w+ [23]\b")
+_VERSION_WORD: Final = frozenset(content_words("version"))
+"""Who asks for a version is answered by "requires Python 3.8", which has not the word."""
+
 _POINTS_BACK = re.compile(
     r"^(?:it|its|this|that|these|those|they|he|she|which|however|also|moreover|furthermore|in addition|additionally|"
     r"or|and|but|so|then|thus|therefore|otherwise|instead|specifically|for example|for instance|in this|in that|"
@@ -89,29 +99,37 @@ _TASK_WORDS: Final = frozenset(
 )
 """Words that say what is to be done with the answer, not what it is about."""
 
+_RELATIONS: Final = content_words("support require need provide offer release come")
+"""Verbs that say little of what is asked: "needs Python 3.8" tells which Python it supports."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Traits:
     """What a sentence is like, whatever is asked: ``weight`` for all that makes it worth less, ``defines`` the words
-    of the thing that it says something of in the way of "X is a ..."."""
+    of the thing that it says something of in the way of "X is a ...", ``aside`` whether it is about the project,
+    ``shows`` whether it shows a command.
+    """
 
     words: frozenset[str]
     weight: float
     defines: frozenset[str]
+    aside: bool
+    shows: bool
 
 
 @lru_cache(maxsize=32_768)
 def _traits(text: str) -> _Traits:
     words = frozenset(content_words(text))
+    if _VERSION.search(text):
+        words |= _VERSION_WORD
     weight = 1 / (1 + 0.02 * max(0, len(words) - 20))
     if _POINTS_BACK.match(text):
         weight *= _DANGLING
-    if _ABOUT_PROJECT.search(text):
-        weight *= _ASIDE
     if len(words) < 4 or (": " in text and text.count(", ") >= 3):  # a fragment, or a list of things
         weight *= 0.7
     match = _IS_A.match(text)
-    return _Traits(words, weight, frozenset(content_words(match["name"])) if match else frozenset())
+    defines = frozenset(content_words(match["name"])) if match else frozenset()
+    return _Traits(words, weight, defines, aside=bool(_ABOUT_PROJECT.search(text)), shows=text.rstrip(".")[-1:] == "`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +176,10 @@ def answer(question: str, passages: Sequence[Passage], *, refused: str = "") -> 
     words = dict.fromkeys(content_words(question))
     asked = [word for word in words if word not in _TASK_WORDS] or list(words)
     candidates = [item for item in _candidates(passages) if not refused or item.text[:200] not in refused]
+    candidates, about = _on_subject(candidates, frozenset(asked), named_in(question))
     if not asked or not candidates:
         return NOT_FOUND_WORD
-    weights = _weights(asked, candidates)
-    chosen = _chosen(candidates, weights, question)
+    chosen = _chosen(candidates, _weights(asked, candidates), about, question)
     if not chosen:
         return NOT_FOUND_WORD
     lead = chosen[0]
@@ -183,6 +201,32 @@ def _candidates(passages: Sequence[Passage]) -> list[_Candidate]:
     return found
 
 
+def _on_subject(
+    candidates: list[_Candidate], asked: frozenset[str], named: Named
+) -> tuple[list[_Candidate], frozenset[str]]:
+    """The candidates that are about what the question names, and the words of its name.
+
+    Where documents have that name, those are their sentences, and others that name it too. Else a sentence must name it
+    or follow one that does. Of a thing that no passage names, nothing is said at all.
+    """
+    titled = {item.name for item in candidates if item.name and item.name <= asked}
+    if titled:
+        about = frozenset().union(*titled)
+        return [item for item in candidates if item.name in titled or about <= item.words], about
+    about = frozenset().union(*named.subjects)
+    for subject in named.subjects:
+        names = [subject <= item.title or subject <= item.words for item in candidates]
+        candidates = [
+            item
+            for index, item in enumerate(candidates)
+            if names[index] or (index and names[index - 1] and candidates[index - 1].passage == item.passage)
+        ]
+    for mention in named.mentions:
+        places = {item.passage for item in candidates if mention <= item.title or mention <= item.words}
+        candidates = [item for item in candidates if item.passage in places]
+    return candidates, about
+
+
 def _weights(asked: Sequence[str], candidates: Sequence[_Candidate]) -> dict[str, float]:
     """The idf of each asked word among the candidate sentences; unseen words weigh as the rarest."""
     counts = Counter(word for item in candidates for word in asked if word in item.words or word in item.title)
@@ -190,14 +234,24 @@ def _weights(asked: Sequence[str], candidates: Sequence[_Candidate]) -> dict[str
     return {word: math.log(1 + (total - counts[word] + 0.5) / (counts[word] + 0.5)) for word in asked}
 
 
-def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], question: str) -> list[_Candidate]:
+def _chosen(
+    candidates: Sequence[_Candidate], weights: dict[str, float], about: frozenset[str], question: str
+) -> list[_Candidate]:
     total = sum(weights.values())
     named = any(_is_named(item, weights) for item in candidates)
     if not named and not _any_passage_covers(candidates, weights):
         return []
     compares = not _TASK_WORDS.isdisjoint(content_words(question))
-    defines = compares or bool(_DEFINITION.search(question))
-    base = [_score(item, weights, defines=defines, named=named) for item in candidates]
+    told = {} if compares or not about else _told_of(about, weights, question)
+    defines = compares or (not told and bool(_DEFINITION.search(question)))
+    project = bool(_ABOUT_PROJECT.search(question))
+    base = [_score(item, weights, defines=defines, named=named, project=project) for item in candidates]
+    # What is asked of the thing, the answer must speak of: that numpy is a package does not make it thread safe.
+    enough = _FOUND_ASKED * sum(told.values())
+    leads = {index for index, item in enumerate(candidates) if _told(item, told) >= enough}
+    if not leads:
+        return []
+    speaks = {index for index, item in enumerate(candidates) if not told or not told.keys().isdisjoint(item.words)}
     # A comparison owes something to each side before it says more of any.
     owed = {item.name for item in candidates if compares and _is_named(item, weights)}
     chosen: list[_Candidate] = []
@@ -206,7 +260,9 @@ def _chosen(candidates: Sequence[_Candidate], weights: dict[str, float], questio
     first = 0.0
     left = set(range(len(candidates)))
     while left and len(chosen) < _MAX_SENTENCES:
-        pool = {index for index in left if candidates[index].name in owed} or left
+        pool = {index for index in left if candidates[index].name in owed} or (left & speaks if chosen else leads)
+        if not pool:
+            break
         gains = {index: base[index] * (_news(candidates[index], weights, covered) if chosen else 1.0) for index in pool}
         if defines:
             for index in pool & followers:
@@ -247,6 +303,22 @@ def _any_passage_covers(candidates: Sequence[_Candidate], weights: dict[str, flo
     )
 
 
+def _told_of(about: frozenset[str], weights: dict[str, float], question: str) -> dict[str, float]:
+    """What is asked of the thing that is named ``about``, by weight. Verbs count only where there is nothing else: the
+    answer may have another ("requires" for "support", "write" for "define").
+    """
+    told = {word: weight for word, weight in weights.items() if word not in about}
+    for verb in (verb_of(question), *_RELATIONS):
+        if len(told) > 1:
+            told.pop(verb, None)
+    return told
+
+
+def _told(item: _Candidate, told: dict[str, float]) -> float:
+    """The weight of the asked words in the sentence or in the headings above it."""
+    return sum(weight for word, weight in told.items() if word in item.words or word in item.title)
+
+
 def _share(item: _Candidate, weights: dict[str, float]) -> float:
     """The weight of the asked words in the sentence; what only its title says, it is about, and that counts half."""
     share = 0.0
@@ -258,11 +330,15 @@ def _share(item: _Candidate, weights: dict[str, float]) -> float:
     return share
 
 
-def _score(item: _Candidate, weights: dict[str, float], *, defines: bool, named: bool) -> float:
+def _score(item: _Candidate, weights: dict[str, float], *, defines: bool, named: bool, project: bool) -> float:
     score = _share(item, weights)
     if not score:
         return 0.0
     score *= item.traits.weight * _RANK_DECAY**item.passage
+    if item.traits.aside and not project:
+        score *= _ASIDE
+    if item.traits.shows and defines:
+        score *= _ASIDE
     if named and not _is_named(item, weights):
         score *= _ELSEWHERE
     if defines:
@@ -299,75 +375,18 @@ def synthesise(notes: Sequence[Passage]) -> str:
     return "\n\n".join(parts)
 
 
-_COMPARE = re.compile(
-    r"^\s*(?:please\s+)?(?:compare|contrast)\s+(?P<a>.+?)\s+(?:and|with|to|against|vs\.?|versus)\s+(?P<b>.+?)"
-    r"(?:\s+(?:in terms of|with regard to|with respect to|regarding|for|by|on)\s+(?P<by>.+?))?\s*[.?!]*\s*$",
-    re.IGNORECASE,
-)
-_DIFFERENCE = re.compile(
-    r"^\s*(?:what(?:'s|\s+is|\s+are)\s+the\s+|explain\s+the\s+)?differences?\s+between\s+(?P<a>.+?)\s+and\s+(?P<b>.+?)\s*[.?!]*\s*$"
-    r"|^\s*(?:how\s+(?:does|do)\s+)(?P<c>.+?)\s+(?:compare|differ)\s+(?:to|with|from)\s+(?P<d>.+?)\s*[.?!]*\s*$",
-    re.IGNORECASE,
-)
-_VERSUS = re.compile(
-    r"^\s*(?P<a>[\w.\- ]{1,60}?)\s+(?:vs\.?|versus)\s+(?P<b>[\w.\- ]{1,60}?)\s*[.?!]*\s*$", re.IGNORECASE
-)
-_ASKS = (
-    r"(?:what|how|why|when|where|who|which|does|do|is|are|can|could|should|will|explain|describe|tell me|list|compare)"
-)
-_JOIN = re.compile(
-    rf"\s*[,;]?\s+(?:and|and then|then|but|also|and also)\s+(?={_ASKS}\b)|\s*[;,]\s+(?={_ASKS}\b)", re.IGNORECASE
-)
-_SUBJECT = re.compile(
-    r"^\s*(?:what(?:'s|\s+is|\s+are|\s+does|\s+do)|who\s+is|tell me about|describe|explain|"
-    r"how\s+(?:do|can|should)\s+(?:i|you|we|one)\s+\w+|how\s+to\s+\w+|"
-    r"(?:how|why|when|where)\s+(?:does|do|is|are|can|should)|does|do|is|are|can)"
-    r"\s+(?:the\s+|a\s+|an\s+)?(?P<subject>[\w.\-]+)",
-    re.IGNORECASE,
-)
-_PRONOUN = re.compile(r"\b(?:it|its|they|them|their|this|that)\b", re.IGNORECASE)
-
-
 def plan(question: str) -> str:
     """A plan (JSON of :class:`agents.planning.Plan`) for ``question``: one step, or one for each of its parts."""
     question = " ".join(question.split())
-    compared = _compared(question)
-    if compared:
-        parts = [f"What is {name}?" if not aspect else f"{name}: {aspect}" for name, aspect in compared]
+    sides = compared(question)
+    if sides:
+        parts = [f"What is {name}?" if not aspect else f"{name}: {aspect}" for name, aspect in sides]
         steps = [_step(number, "retrieve", part) for number, part in enumerate(parts, start=1)]
         steps.append(_step(len(steps) + 1, "research", question, [str(number + 1) for number in range(len(parts))]))
         return _json(steps, "a comparison: each side is looked up, then they are held against each other")
-    parts = _parts(question)[:12]
+    parts = parts_of(question)[:12]
     steps = [_step(number, "retrieve", part) for number, part in enumerate(parts, start=1)]
     return _json(steps, "a simple question" if len(parts) == 1 else f"{len(parts)} questions, each answered on its own")
-
-
-def _compared(question: str) -> list[tuple[str, str]]:
-    match = _COMPARE.match(question) or _DIFFERENCE.match(question) or _VERSUS.match(question)
-    if match is None:
-        return []
-    groups = match.groupdict()
-    sides = [groups.get(name) for name in ("a", "b", "c", "d") if groups.get(name)]
-    names = [part for side in sides for part in re.split(r",\s*(?:and\s+)?", side or "") if part]
-    return [(name.strip(), (groups.get("by") or "").strip()) for name in names]
-
-
-def _parts(question: str) -> list[str]:
-    """The self-contained questions in ``question``; a pronoun is replaced by the first question's subject."""
-    whole = [part for sentence in re.split(r"(?<=[?!])\s+", question) for part in _JOIN.split(sentence) if part.strip()]
-    if len(whole) < 2 or any(len(part.split()) < 2 for part in whole):
-        return [question]
-    found = _SUBJECT.match(whole[0])
-    parts: list[str] = []
-    for number, part in enumerate(whole):
-        part = part.strip(" ,;.?!")
-        if number and found and _PRONOUN.search(part):
-            subject = found["subject"]
-            part = _PRONOUN.sub(
-                lambda match, name=subject: f"{name}'s" if match[0].lower() in ("its", "their") else name, part, count=1
-            )
-        parts.append(f"{part[0].upper()}{part[1:]}?")
-    return parts
 
 
 def _step(number: int, capability: str, objective: str, depends_on: Sequence[str] = ()) -> dict[str, object]:

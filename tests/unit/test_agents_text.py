@@ -129,6 +129,20 @@ def test_code_without_a_fence_is_no_sentence() -> None:
     assert sentences(CHUNK) == ("The module is quick.", "if you want to know more, ask us.")
 
 
+def test_a_command_is_quoted_with_what_leads_up_to_it() -> None:
+    text = (
+        "# Install\n\n$ pip install 'tool[x]'\n\nOr, to have HTTP/2 support, use:\n\npip install tool[http2]\n\n"
+        "It reads:\n\nimport tool\ntool.run()\n\nFrom the sources:\n\npip install git+https://git.example/tool\n\n"
+        "A long one is not quoted:\n\nimport tool\nx = 1\ny = 2\n\nThat is all of it."
+    )
+    assert sentences(text) == (
+        "`pip install 'tool[x]'`",
+        "Or, to have HTTP/2 support, use: `pip install tool[http2]`.",
+        "It reads: `import tool`, `tool.run()`.",
+        "That is all of it.",
+    )
+
+
 def test_a_cited_sentence_ends_before_a_small_letter() -> None:
     text = "It is quick [1]. timeout parameter could be None [2]. asyncio-compatible manager [3]."
     assert [markers_of(part) for part in split_sentences(text)] == [(1,), (2,), (3,)]
@@ -148,6 +162,8 @@ def test_hostile_markup_takes_no_time(text: str) -> None:
 @pytest.mark.parametrize(
     "family",
     [
+        ("licence", "license", "licensed"),
+        ("async", "asynchronous"),
         ("configure", "configures", "configured", "configuring", "configuration", "configurations"),
         ("install", "installs", "installed", "installing", "installation"),
         ("library", "libraries"),

@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+import pytest
+
 from agents.answering import NOT_FOUND_WORD
 from agents.context import LlmRequest, Message, Passage, Purpose
 from agents.providers.extractive import ExtractiveModel, answer, synthesise
@@ -83,3 +85,56 @@ def test_it_is_quick() -> None:
     for _ in range(20):
         answer("What is httpx?", PASSAGES)
     assert (time.perf_counter() - started) / 20 < 0.01, "a tenth of the processor's floor of 100 tasks/s"
+
+
+README = {
+    "tokenizers > Threads": "Setters are thread-safe: the state is wrapped in a lock. The tokenizers are quick.",
+    "numpy": "NumPy is the fundamental package for scientific computing with Python. It provides an array object.",
+    "tqdm > Licence": "tqdm is licensed under the MIT licence. tqdm requires Python 3.7 or later.",
+    "tqdm > Installation": "pip install tqdm",
+    "httpx > Installation": "Install with pip:\n\npip install httpx\n\n"
+    "Or, to include the optional HTTP/2 support, use:\n\npip install httpx[http2]",
+    "httpx2": "HTTPX2 is a client that supports HTTP/2. Its licence is BSD. It retries failed connections.",
+    "lz4 > Notes": "Code of this project is fast. The zlib module is thread safe. It comes with Python.",
+}
+ABOUT = tuple(
+    Passage(marker=number, chunk_id=f"r{number}", title=title, text=text)
+    for number, (title, text) in enumerate(README.items(), start=1)
+)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Is numpy thread safe?",  # its passages don't say; another's do
+        "What licence does numpy have?",
+        "Is Django thread safe?",  # no passage names it
+        "Under which licence is kubernetes released?",
+        "Which Python versions does numpy support?",
+        "Does httpx support QUIC?",
+        "What is flask?",
+    ],
+)
+def test_nothing_is_said_of_one_thing_from_what_is_said_of_another(question: str) -> None:
+    assert answer(question, ABOUT) == NOT_FOUND_WORD
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What is the license of tqdm?", "tqdm is licensed under the MIT licence [3]."),
+        ("Which Python versions does tqdm support?", "tqdm requires Python 3.7 or later [3]."),
+        ("How do I install tqdm?", "`pip install tqdm` [4]."),
+        (
+            "Does httpx support HTTP/2?",
+            "Or, to include the optional HTTP/2 support, use: `pip install httpx[http2]` [5].",
+        ),
+        ("Is zlib thread safe?", "The zlib module is thread safe [7]."),  # no title names it, a sentence does
+        (
+            "Which client retries failed connections?",  # nothing named
+            "HTTPX2 is a client that supports HTTP/2 [6]. It retries failed connections [6].",
+        ),
+    ],
+)
+def test_an_answer_keeps_to_what_the_question_names(question: str, expected: str) -> None:
+    assert answer(question, ABOUT) == expected
