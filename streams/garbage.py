@@ -8,18 +8,27 @@ event with the defaults, 45 with a first threshold of 50,000, 40 with this one.
 """
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["settle_garbage_collector"]
+__all__ = ["collecting_seldom"]
 
 _THRESHOLDS: Final = (400_000, 5, 20)
 
 
-def settle_garbage_collector() -> None:
-    """Set what is loaded by now apart from collection, and look for cycles among new objects seldom.
+@contextmanager
+def collecting_seldom() -> Iterator[None]:
+    """Set what is loaded by now apart from collection, and look for cycles among new objects seldom, until left.
 
-    To be called once the process has imported and opened what it needs. Calling it again does no harm.
+    To be entered once the process has imported and opened what it needs; it is the whole process that it changes.
     """
+    before = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

@@ -20,7 +20,7 @@ from schemas.metadata import Metadata, deterministic_id
 from schemas.topics import key_of, topic_name
 from streams.binding import Binding
 from streams.errors import FencedError, ProcessorError
-from streams.garbage import settle_garbage_collector
+from streams.garbage import collecting_seldom
 from streams.kafka import producer_settings
 from streams.processor import Processor
 
@@ -85,7 +85,10 @@ class Runner:
         Raises:
             ProcessorError: one processor can't go on; the others were stopped.
         """
-        settle_garbage_collector()
+        with collecting_seldom():
+            await self._run()
+
+    async def _run(self) -> None:
         keepers = [asyncio.create_task(self._keep(binding)) for binding in self._bindings]
         teller = asyncio.create_task(self._tell()) if self._telemetry else None
         try:
