@@ -107,7 +107,7 @@ _RELATIONS: Final = content_words("support require need provide offer release co
 class _Traits:
     """What a sentence is like, whatever is asked: ``weight`` for all that makes it worth less, ``defines`` the words
     of the thing that it says something of in the way of "X is a ...", ``aside`` whether it is about the project,
-    ``shows`` whether it shows a command.
+    ``shows`` whether it shows a command, ``cites`` whether it holds what would read as a citation of ours.
     """
 
     words: frozenset[str]
@@ -115,6 +115,7 @@ class _Traits:
     defines: frozenset[str]
     aside: bool
     shows: bool
+    cites: bool
 
 
 @lru_cache(maxsize=32_768)
@@ -129,7 +130,14 @@ def _traits(text: str) -> _Traits:
         weight *= 0.7
     match = _IS_A.match(text)
     defines = frozenset(content_words(match["name"])) if match else frozenset()
-    return _Traits(words, weight, defines, aside=bool(_ABOUT_PROJECT.search(text)), shows=text.rstrip(".")[-1:] == "`")
+    return _Traits(
+        words,
+        weight,
+        defines,
+        aside=bool(_ABOUT_PROJECT.search(text)),
+        shows=text.rstrip(".")[-1:] == "`",
+        cites=bool(markers_of(text)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +202,11 @@ def _candidates(passages: Sequence[Passage]) -> list[_Candidate]:
         title = frozenset(content_words(passage.title))
         name = frozenset(content_words(passage.title.partition(" > ")[0]))
         for place, text in enumerate(sentences(passage.text)):
-            if text not in seen and not text.endswith("?") and not markers_of(text):  # its [1] would cite
+            if text not in seen and not text.endswith("?"):
                 seen.add(text)
                 traits = _traits(text)
+                if traits.cites:
+                    continue
                 found.append(_Candidate(number, place, text, traits, traits.words, title, name))
     return found
 
