@@ -76,7 +76,7 @@ class Journal:
         self._key = key
         self._cause = cause
         self._ports = ports
-        self._recorded = self._index(recorded, replaying)
+        self._recorded = self._index(recorded, replaying) if recorded else {}
         self._replaying = replaying
         self._timeout_s = timeout_s
         self._deadline: float | None = None

@@ -7,6 +7,7 @@ that is run again names its events alike.
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from agents.agent import Agent, Failure
@@ -46,8 +47,14 @@ class StepResult:
 
 def decision_time(timestamp_ms: int, state: LaneState | None) -> datetime:
     """``ctx.now``: the later of the record's timestamp (ms since the epoch) and the lane's last decision time."""
-    now = _EPOCH + timedelta(milliseconds=timestamp_ms)
+    now = _time_of(timestamp_ms)
     return now if state is None or now >= state.now else state.now
+
+
+@lru_cache(maxsize=256)
+def _time_of(timestamp_ms: int) -> datetime:
+    # The records of a batch share their append time.
+    return _EPOCH + timedelta(milliseconds=timestamp_ms)
 
 
 def live_state(state: LaneState | None, timestamp_ms: int) -> LaneState | None:
@@ -55,7 +62,7 @@ def live_state(state: LaneState | None, timestamp_ms: int) -> LaneState | None:
 
     Record time decides, not the clock, so that an event sees the same however late it is handled, or replayed.
     """
-    if state is None or state.expires_at is None or _EPOCH + timedelta(milliseconds=timestamp_ms) < state.expires_at:
+    if state is None or state.expires_at is None or _time_of(timestamp_ms) < state.expires_at:
         return state
     return None
 
@@ -132,22 +139,7 @@ def _result(
     agent: Agent[Any], envelope: Envelope, ctx: Context[Any], before: LaneState | None, *, kind: str
 ) -> StepResult:
     events, value, expires_after = ctx.collected()
-    cause = envelope.metadata
-    outputs = tuple(
-        Envelope(
-            event,
-            Metadata(
-                id=deterministic_id(cause.id, agent.name, kind, ordinal),
-                source=agent.source,
-                subject=key_of(event),
-                time=ctx.now,
-                causation_id=cause.id,
-                correlation_id=cause.correlation_id,
-                traceparent=cause.traceparent,
-            ),
-        )
-        for ordinal, event in enumerate(_checked(agent, events))
-    )
+    outputs = tuple(_outputs(agent, envelope.metadata, events, ctx.now, kind)) if events else ()
     if before is not None and value is before.value:
         return StepResult(outputs, before, state_changed=False)
     if value is None:
@@ -156,10 +148,22 @@ def _result(
     return StepResult(outputs, LaneState(value, ctx.now, expires_at), state_changed=True)
 
 
-def _checked(agent: Agent[Any], events: tuple[Event, ...]) -> tuple[Event, ...]:
-    for event in events:
-        if type(event) not in agent.emits:
+def _outputs(agent: Agent[Any], cause: Metadata, events: tuple[Event, ...], now: datetime, kind: str) -> list[Envelope]:
+    name, source, emits = agent.name, agent.source, agent.emits
+    outputs = []
+    for ordinal, event in enumerate(events):
+        if type(event) not in emits:
             raise UndeclaredOutputError(
-                f"{agent.name} emitted {type(event).__name__}, which its `emits` does not list; add it there"
+                f"{name} emitted {type(event).__name__}, which its `emits` does not list; add it there"
             )
-    return events
+        metadata = Metadata(
+            deterministic_id(cause.id, name, kind, ordinal),
+            source,
+            key_of(event),
+            now,
+            cause.id,
+            cause.correlation_id,
+            cause.traceparent,
+        )
+        outputs.append(Envelope(event, metadata))
+    return outputs

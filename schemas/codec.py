@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
@@ -367,6 +368,7 @@ def _topic_cap(kind: type[Event]) -> int:
     return next((topic.max_message_bytes for topic in TOPICS if kind in topic.events), MAX_BYTES)
 
 
+@lru_cache(maxsize=256)  # the records of a batch share their append time, which becomes their outputs' time
 def _rfc3339(time: datetime) -> bytes:
     if time.tzinfo is not UTC:
         if time.tzinfo is None:

@@ -95,7 +95,9 @@ class Handling:
                     agent, envelope, timestamp_ms=timestamp, priority=priority, state=state, journal=journal
                 )
                 # An effect that can't be recorded fails its event: what it decided could not be proved.
-                messages = self._messages(result, work) + [self._effect(made) for made in journal.performed]
+                messages = self._messages(result, work)
+                if journal.performed:
+                    messages += [self._effect(made) for made in journal.performed]
                 break
             except asyncio.CancelledError:
                 failure = _ended_as_hung(work)
@@ -111,7 +113,8 @@ class Handling:
             messages += self._recordable(journal.performed)
             break
         work.outputs = len(result.outputs)
-        self._count_cost(journal.performed)
+        if journal.performed:
+            self._count_cost(journal.performed)
         if result.state_changed:
             partition.state.set(work.lane, result.state)
         self._leave(work, messages)
@@ -206,7 +209,10 @@ class Handling:
             expired = partition.state.expire(work.record.timestamp_ms, partition.lanes)
             messages.extend((partition.changelog, lane.encode(), None, None, partition.number) for lane in expired)
         work.messages = messages
-        work.bytes = sum(len(message[2]) for message in messages if message[2] is not None)
+        size = 0
+        for message in messages:
+            size += len(message[2] or b"")
+        work.bytes = size
 
     def _messages(self, result: StepResult, work: Work) -> list[Outgoing]:
         """The outputs and the state's change as messages.
