@@ -8,16 +8,17 @@ than a pause.
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+from agents.context import Memory, Ports, RecallRequest
 from magnatronic.broker import EmbeddedBroker
 from magnatronic.broker.topics import ensure_topics
 from magnatronic.control import ControlServer, socket_path
@@ -27,6 +28,8 @@ from magnatronic.queries import answer_query
 from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench, instance_name, ready_codec
 from magnatronic.settings import Settings
 from schemas.codec import Codec
+from schemas.events import Evidence
+from sinks.errors import SinkError
 from sinks.runner import SinkRunner
 from streams.runner import Runner
 
@@ -38,7 +41,7 @@ _CATCH_UP_S: Final = 30.0
 _READY_TIMEOUT_S: Final = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SystemInfo:
     """Where the parts of a running system are. ``embedded`` tells whether the broker is its own."""
 
@@ -124,7 +127,7 @@ class System:
             self._workbench.bindings(AGENT_ROLES),
             codec=codec,
             kafka=kafka,
-            ports=self._workbench.ports(AGENT_ROLES),
+            ports=self._ports(),
             slot=_SLOT,
         )
         self._watch("agents", self._agents.run())
@@ -137,6 +140,27 @@ class System:
         )
         await self._control.start()
         return self.info()
+
+    def _ports(self) -> Ports:
+        """The agents' ports. Recall waits for the index at first: after a crash it is behind the log for a moment, and
+        a search would find too little.
+        """
+        ports = self._workbench.ports(AGENT_ROLES)
+        assert ports.memory is not None
+        memory = CaughtUpMemory(ports.memory)
+        self._watch("the index", self._open_when_caught_up(memory))
+        return dataclasses.replace(ports, memory=memory)
+
+    async def _open_when_caught_up(self, memory: "CaughtUpMemory") -> None:
+        while not memory.caught_up.is_set():
+            try:
+                if await asyncio.to_thread(self._sinks["sink-milvus"].wait_caught_up, _CATCH_UP_S):
+                    memory.caught_up.set()
+            except SinkError as error:
+                if not error.retryable:
+                    raise
+            else:
+                _LOGGER.info("recall %s", "begins" if memory.caught_up.is_set() else "waits: the index is behind")
 
     def _start_kafka(self) -> dict[str, Any]:
         settings = self.settings
@@ -250,7 +274,7 @@ class System:
             await self._control.stop()
         if self._agents is not None:
             self._agents.stop()
-        work = [task for task in self._background if task.get_name() != "the broker"]
+        work = [task for task in self._background if task.get_name() == "agents"]
         if work:
             await asyncio.wait(work, timeout=30)
         for task in self._background:
@@ -266,6 +290,20 @@ class System:
         if self._broker is not None:
             await asyncio.to_thread(self._broker.stop)
         self._lock.release()
+
+
+class CaughtUpMemory:
+    """A memory whose recalls wait until :attr:`caught_up` is set."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.model = memory.model
+        self.caught_up = asyncio.Event()
+        self._memory = memory
+
+    async def recall(self, request: RecallRequest) -> tuple[Evidence, ...]:
+        """As the memory recalls, once it is caught up."""
+        await self.caught_up.wait()
+        return await self._memory.recall(request)
 
 
 class FolderLock:

@@ -57,6 +57,8 @@ _CONSUMER: Final[Mapping[str, Any]] = {
     "retry.backoff.ms": 10,
 }
 
+_ENDS_BACKOFF_S: Final = 0.1
+
 _STAYS: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -196,7 +198,7 @@ class SinkRunner:
 
         Raises:
             SinkError: the runner has stopped by an error (its cause), or was never started or was stopped.
-            LogError: the cluster doesn't answer.
+            LogError: the cluster didn't answer in ``timeout_s`` seconds.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -206,7 +208,7 @@ class SinkRunner:
                 return False
             with self._changed:
                 assigned = self._assigned or frozenset()
-            ends = self._ends(assigned)
+            ends = self._ends_by(deadline, assigned)
 
             def reached() -> bool:
                 mine = self._assigned
@@ -232,6 +234,15 @@ class SinkRunner:
                 if left <= 0:
                     return False
                 self._changed.wait(min(left, 0.5))
+
+    def _ends_by(self, deadline: float, places: frozenset[Place]) -> dict[Place, int]:
+        """As :meth:`_ends`; a topic's leader may be away for a moment."""
+        while True:
+            try:
+                return self._ends(places)
+            except LogError:
+                if time.monotonic() >= deadline or self._stopping.wait(_ENDS_BACKOFF_S):
+                    raise
 
     def _ends(self, places: frozenset[Place]) -> dict[Place, int]:
         if not places:

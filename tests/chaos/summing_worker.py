@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import random
 import signal
 import sys
@@ -58,6 +59,7 @@ async def main(servers: str, topic: str, name: str, slot: str) -> None:
         session_timeout_ms=6000,
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, processor.stop)
+    print(f"process {os.getpid()} can be stopped", file=sys.stderr, flush=True)
     await processor.run()
     print(f"{processor.name}: {processor.stats.events_in} events", file=sys.stderr)
 

@@ -37,7 +37,7 @@ class Workers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, slot: str) -> None:
-        with (self._logs / f"{slot}.log").open("ab") as log:
+        with self._path(slot).open("ab") as log:
             self._processes[slot] = subprocess.Popen([*self._arguments, slot], stdout=log, stderr=log)
 
     def kill(self, slot: str) -> None:
@@ -47,14 +47,21 @@ class Workers:
         process.wait(20)
 
     def log(self, slot: str) -> str:
-        return "\n".join((self._logs / f"{slot}.log").read_text(errors="replace").splitlines()[-30:])
+        return "\n".join(self._path(slot).read_text(errors="replace").splitlines()[-30:])
+
+    def _path(self, slot: str) -> Path:
+        return self._logs / f"{slot}.log"
 
     def check(self) -> None:
         for slot, process in self._processes.items():
             assert process.poll() is None, f"worker {slot} ended by itself:\n{self.log(slot)}"
 
     def stop(self) -> None:
-        for process in self._processes.values():
+        for slot, process in self._processes.items():
+            deadline = time.monotonic() + 30
+            while f"process {process.pid} can be stopped" not in self._path(slot).read_text(errors="replace"):
+                assert time.monotonic() < deadline, f"worker {slot} did not start:\n{self.log(slot)}"
+                time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
         for slot, process in self._processes.items():
             assert process.wait(30) == 0, f"worker {slot} did not stop well:\n{self.log(slot)}"

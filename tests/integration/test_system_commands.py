@@ -42,9 +42,11 @@ def test_a_command_is_a_process_like_any_other(system: "SystemForTests") -> None
 def test_watch_goes_on_until_ctrl_c(system: "SystemForTests") -> None:
     process = system.start("watch", "--json", "--topic", "tasks", "--topic", "task.outcomes")
     assert process.stdout is not None
+    readable = select.poll()
+    readable.register(process.stdout, select.POLLIN)
     for _ in range(50):  # until it watches: it starts with what comes then
         task_id = system.run("submit", "What is a widget?").stdout.strip()
-        if select.select([process.stdout], [], [], 0.5)[0]:
+        if readable.poll(500):
             break
     lines = [json.loads(process.stdout.readline())]  # it may have begun between a task and its outcome
     process.send_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicPartition
 
 from magnatronic.client import Client
+from magnatronic.control import call
 from magnatronic.ingest import find_files, ingest, load_file
 from schemas.events import TaskCompleted
 from schemas.record import Record
@@ -62,6 +63,7 @@ def test_sigkill_with_tasks_open_completes_each_task_once(
     with Client.connect(up.data_dir) as client:
         files, _ = find_files([corpus])
         assert ingest(client, map(load_file, files)).indexed == len(files)
+        assert call(up.data_dir, "catch_up")
         tasks = [client.task(f"{QUESTIONS[number % len(QUESTIONS)]}") for number in range(TASKS)]
         with client.follower().subscribe(topics=["task.outcomes"]) as outcomes:
             client.submit_all(tasks)
