@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
 from pydantic import ValidationError
 
 from magnatronic.broker.topics import ensure_topics
 from magnatronic.client import Client
 from magnatronic.errors import ClusterError, NotRunningError, UnknownTaskError, WaitTimeoutError, WrongInputError
+from magnatronic.follow import read_stored
 from magnatronic.ingest import ingest
 from schemas.events import DocumentSubmitted, Priority, TaskCompleted, TaskExpired, TaskFailed
 from schemas.record import Record
@@ -40,21 +40,9 @@ def silent(kafka: "KafkaForTests") -> Iterator[Client]:
 
 
 def stored(client: Client, topic: str, key: str) -> list[Record]:
-    """The records with ``key`` in a topic of two partitions."""
-    consumer = Consumer(
-        {**client.kafka, "group.id": "look", "enable.auto.commit": False, "auto.offset.reset": "earliest"}
-    )
-    found = []
-    for partition in range(2):
-        _, end = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
-        consumer.assign([TopicPartition(topic, partition, 0)])
-        while end and (message := consumer.poll(10)) is not None:
-            if message.key() == key.encode():
-                found.append(Record.from_message(message))
-            if (message.offset() or 0) >= end - 1:
-                break
-    consumer.close()
-    return found
+    """The records with ``key`` that lie in the topic."""
+    records = read_stored(client.kafka, [topic], accept=lambda message: message.key() == key.encode())
+    return [record for record in records if record is not None]
 
 
 def test_ask_gives_the_outcome_with_all_events(client: Client) -> None:
