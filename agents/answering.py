@@ -7,6 +7,7 @@ citations one to one and whose claims name the chunks that are said to support t
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from agents.agent import Failure
 from agents.context import Context, LlmRequest, Message, Passage, Purpose
 from agents.text import (
     best_sentences,
@@ -21,7 +22,7 @@ from agents.text import (
 )
 from schemas.events import Citation, Claim, Evidence, StepAssigned, StepCompleted, StepFailed
 
-__all__ = ["NOT_FOUND_WORD", "answer_step", "merged", "no_evidence"]
+__all__ = ["NOT_FOUND_WORD", "answer_step", "merged", "no_evidence", "step_failed"]
 
 NOT_FOUND_WORD: Final = "NOT_FOUND"
 """What a language model answers, alone, when the passages don't hold the answer."""
@@ -95,13 +96,19 @@ async def answer_step(
 
 def no_evidence(event: StepAssigned) -> StepFailed:
     """The failure of a step for which memory holds nothing at all: another attempt would find nothing either."""
+    message = f"nothing was found for {event.objective!r}: the corpus is empty; ingest documents, then ask again"
+    return step_failed(event, Failure("NoEvidence", message, retryable=False))
+
+
+def step_failed(event: StepAssigned, failure: Failure) -> StepFailed:
+    """What tells the Coordinator that the step failed, and whether another attempt may succeed."""
     return StepFailed(
         task_id=event.task_id,
         step_id=event.step_id,
         attempt=event.attempt,
-        error_type="NoEvidence",
-        message=f"nothing was found for {event.objective!r}: the corpus is empty; ingest documents, then ask again",
-        retryable=False,
+        error_type=failure.error_type,
+        message=failure.message,
+        retryable=failure.retryable,
     )
 
 

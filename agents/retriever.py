@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from agents.agent import Agent, Failure
-from agents.answering import answer_step, merged, no_evidence
+from agents.answering import answer_step, merged, no_evidence, step_failed
 from agents.context import Context
 from schemas.events import StepAssigned, StepCompleted, StepFailed
 
@@ -47,13 +47,4 @@ class Retriever(Agent[BaseModel]):
 
     async def on_failure(self, event: StepAssigned, failure: Failure, ctx: Context[BaseModel]) -> None:
         """Tell the Coordinator that the step failed, and whether another attempt may succeed."""
-        ctx.emit(
-            StepFailed(
-                task_id=event.task_id,
-                step_id=event.step_id,
-                attempt=event.attempt,
-                error_type=failure.error_type,
-                message=failure.message,
-                retryable=failure.retryable,
-            )
-        )
+        ctx.emit(step_failed(event, failure))

@@ -53,7 +53,6 @@ class Work:
         "bytes",
         "dead",
         "envelope",
-        "failures",
         "hung",
         "lane",
         "messages",
@@ -74,6 +73,5 @@ class Work:
         self.messages: list[Outgoing] = []
         self.bytes = 0
         self.outputs = 0
-        self.failures = 0
         self.dead = False
         self.hung = False

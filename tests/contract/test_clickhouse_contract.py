@@ -1,7 +1,5 @@
 """What the ClickHouse sink and its views promise, on the embedded engine always and on a server where Docker is."""
 
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -55,23 +53,8 @@ IMAGE = "clickhouse/clickhouse-server:25.8"
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
-def _docker_is_missing() -> str:
-    """Why no container can be started here; empty when one can."""
-    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    if not host.startswith("unix://"):
-        return ""
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(host.removeprefix("unix://"))
-    except OSError as error:
-        return f"no Docker engine at {host}: {error.strerror}"
-    return ""
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    if reason := _docker_is_missing():
-        pytest.skip(f"ClickHouse server container: {reason}")
+def server(docker_engine: None) -> Iterator[str]:
     from testcontainers.core.container import DockerContainer
 
     container = DockerContainer(IMAGE).with_exposed_ports(8123).with_env("CLICKHOUSE_PASSWORD", "secret")

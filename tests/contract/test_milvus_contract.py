@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -115,23 +114,8 @@ class Index:
         return set(await self.texts("anything"))
 
 
-def _docker_is_missing() -> str:
-    """Why no container can be started here; empty when one can."""
-    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    if not host.startswith("unix://"):
-        return ""
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(host.removeprefix("unix://"))
-    except OSError as error:
-        return f"no Docker engine at {host}: {error.strerror}"
-    return ""
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    if reason := _docker_is_missing():
-        pytest.skip(f"Milvus server container: {reason}")
+def server(docker_engine: None) -> Iterator[str]:
     from testcontainers.community.milvus import MilvusContainer
 
     with MilvusContainer(MILVUS_IMAGE) as container:
