@@ -7,17 +7,28 @@ headers. Ids are UUIDv5 of what caused the event, so that the same decision made
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha1, sha256
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 import orjson
 
 from schemas.events.base import Event
 
-__all__ = ["ID_NAMESPACE", "Envelope", "Metadata", "canonical_json", "deterministic_id", "request_hash"]
+__all__ = [
+    "ID_NAMESPACE",
+    "REDRIVE_HEADER",
+    "Envelope",
+    "Metadata",
+    "canonical_json",
+    "deterministic_id",
+    "request_hash",
+]
 
 ID_NAMESPACE = UUID("6d61676e-6174-5726-af6e-696300000000")
 """The UUIDv5 namespace of all ids that Magnatronic derives."""
+
+REDRIVE_HEADER: Final = "redrive"
+"""The last header of a dead letter's record that was sent again: the name of the one agent that it is for."""
 
 _HASHED_AT_ONCE = 2047
 """hashlib lets go of the interpreter lock for more bytes than this. Beside a busy thread it then takes 3 ms to come

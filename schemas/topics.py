@@ -19,6 +19,7 @@ from schemas.events import (
     ApprovalRequested,
     ChunkEmbedded,
     DeadLettered,
+    DeadLetterResolved,
     DocumentIndexed,
     DocumentRemoved,
     DocumentSubmitted,
@@ -35,6 +36,7 @@ from schemas.events import (
     Queried,
     StepAssessed,
     StepAssigned,
+    StepCancelled,
     StepCancelRequested,
     StepCompleted,
     StepFailed,
@@ -47,6 +49,8 @@ from schemas.events import (
     TextsEmbedded,
     TimerFired,
     ToolCalled,
+    ToolStarted,
+    Waited,
 )
 
 __all__ = [
@@ -120,7 +124,7 @@ TOPICS: Final = (
     Topic(
         "effects",
         "task_id",
-        (LlmCalled, ToolCalled, MemoryRecalled, TextsEmbedded, Queried),
+        (LlmCalled, ToolStarted, ToolCalled, MemoryRecalled, TextsEmbedded, Queried, Waited, StepCancelled),
         "every call to the outside world, with request and response",
         max_message_bytes=4 * MAX_MESSAGE_BYTES,
     ),
@@ -145,8 +149,8 @@ TOPICS: Final = (
     Topic(
         "dead-letters",
         "source_topic",
-        (DeadLettered,),
-        "records that could not be processed, whole",
+        (DeadLettered, DeadLetterResolved),
+        "records that could not be processed, whole, and what became of them",
         partitions=1,
         max_message_bytes=8 * MAX_MESSAGE_BYTES + 65_536,
     ),

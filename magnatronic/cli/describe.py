@@ -26,6 +26,8 @@ from schemas.events import (
     TaskSubmitted,
     TextsEmbedded,
     ToolCalled,
+    ToolStarted,
+    Waited,
 )
 
 __all__ = ["describe", "one_line", "shorten"]
@@ -110,7 +112,11 @@ def _effect(effect: Effect) -> str:
             return f"{len(effect.hits)} passages recalled"
         case TextsEmbedded():
             return f"{effect.count} texts embedded"
+        case ToolStarted():
+            return f"tool {effect.tool} started"
         case ToolCalled():
             return f"tool {effect.tool}"
+        case Waited():
+            return f"waited {effect.seconds:g} s"
         case _:
             return "queried"

@@ -5,18 +5,30 @@ Importing this package registers every type in :data:`EVENT_TYPES`.
 
 from schemas.events.base import EVENT_TYPES, NAMESPACE, Event, Float32, Micros, Timestamp, Value
 from schemas.events.documents import ChunkEmbedded, DocumentIndexed, DocumentRemoved, DocumentSubmitted
-from schemas.events.effects import Effect, LlmCalled, MemoryRecalled, Queried, TextsEmbedded, ToolCalled
+from schemas.events.effects import (
+    Effect,
+    LlmCalled,
+    MemoryRecalled,
+    Queried,
+    TextsEmbedded,
+    ToolCalled,
+    ToolStarted,
+    Waited,
+)
 from schemas.events.operations import (
     AccessDecided,
     AlertCleared,
     AlertRaised,
     DeadLettered,
+    DeadLetterResolved,
     ProcessorStats,
+    Resolution,
     Severity,
 )
 from schemas.events.policies import (
     AgentHeartbeat,
     AgentRegistered,
+    DirectoryEntry,
     Health,
     PolicyPromoted,
     PolicyProposed,
@@ -44,7 +56,7 @@ from schemas.events.tasks import (
     TaskSubmitted,
     TimerFired,
 )
-from schemas.events.work import Claim, StepAssigned, StepCancelRequested, StepCompleted, StepInput
+from schemas.events.work import Claim, StepAssigned, StepCancelled, StepCancelRequested, StepCompleted, StepInput
 
 __all__ = [
     "EVENT_TYPES",
@@ -62,7 +74,9 @@ __all__ = [
     "ChunkEmbedded",
     "Citation",
     "Claim",
+    "DeadLetterResolved",
     "DeadLettered",
+    "DirectoryEntry",
     "DocumentIndexed",
     "DocumentRemoved",
     "DocumentSubmitted",
@@ -83,10 +97,12 @@ __all__ = [
     "Priority",
     "ProcessorStats",
     "Queried",
+    "Resolution",
     "Severity",
     "StepAssessed",
     "StepAssigned",
     "StepCancelRequested",
+    "StepCancelled",
     "StepCompleted",
     "StepFailed",
     "StepInput",
@@ -100,5 +116,7 @@ __all__ = [
     "TimerFired",
     "Timestamp",
     "ToolCalled",
+    "ToolStarted",
     "Value",
+    "Waited",
 ]

@@ -2,13 +2,23 @@
 
 An effect's identity is the event that was being handled (``event_id``), the ``scope`` path inside the handler, the
 ``request_hash`` (SHA-256, hex, of the canonical JSON request) and its ``occurrence`` among equal requests there.
-``sequence`` is the order of completion in the step, from 0, so that concurrent calls replay alike.
+``sequence`` is the order of completion in the step, from 0, so that concurrent calls replay alike; ``attempt`` says in
+which run of the handler, from 1, over all retries and crashes.
 """
 
 from schemas.events.base import Event, Timestamp
 from schemas.events.tasks import Evidence
 
-__all__ = ["Effect", "LlmCalled", "MemoryRecalled", "Queried", "TextsEmbedded", "ToolCalled"]
+__all__ = [
+    "Effect",
+    "LlmCalled",
+    "MemoryRecalled",
+    "Queried",
+    "TextsEmbedded",
+    "ToolCalled",
+    "ToolStarted",
+    "Waited",
+]
 
 
 class Effect(Event):
@@ -23,6 +33,7 @@ class Effect(Event):
     scope: str = ""
     occurrence: int = 0
     sequence: int = 0
+    attempt: int = 1
     request_hash: str
     request: str
     error: str = ""
@@ -39,6 +50,15 @@ class LlmCalled(Effect, family="effects"):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
+
+
+class ToolStarted(Effect, family="effects"):
+    """A tool with side effects is about to run: committed before it does, so that a crash leaves no doubt unnoticed.
+
+    It has the identity of the ToolCalled that follows; without one, nobody knows whether the tool did its work.
+    """
+
+    tool: str
 
 
 class ToolCalled(Effect, family="effects"):
@@ -71,3 +91,9 @@ class Queried(Effect, family="effects"):
 
     target: str
     result: str = ""
+
+
+class Waited(Effect, family="effects"):
+    """A delay that the handler set by its event loop's clock (a timeout, a sleep) had passed; ``seconds`` long."""
+
+    seconds: float

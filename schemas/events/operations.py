@@ -6,7 +6,16 @@ from pydantic import Field
 
 from schemas.events.base import Event, Timestamp
 
-__all__ = ["AccessDecided", "AlertCleared", "AlertRaised", "DeadLettered", "ProcessorStats", "Severity"]
+__all__ = [
+    "AccessDecided",
+    "AlertCleared",
+    "AlertRaised",
+    "DeadLetterResolved",
+    "DeadLettered",
+    "ProcessorStats",
+    "Resolution",
+    "Severity",
+]
 
 
 class Severity(StrEnum):
@@ -16,8 +25,19 @@ class Severity(StrEnum):
     CRITICAL = "critical"
 
 
+class Resolution(StrEnum):
+    """What became of a dead letter."""
+
+    REDRIVEN = "redriven"
+    DISCARDED = "discarded"
+
+
 class ProcessorStats(Event, family="operations"):
-    """What one processor did in the last ``interval_s`` seconds. Latencies are in milliseconds, of finished events."""
+    """What one processor did in the last ``interval_s`` seconds. Latencies are in milliseconds, of finished events.
+
+    ``stalled`` says in words what holds an offset up, empty when nothing does. ``partitions`` are those owned,
+    ``parked`` the events that wait for a retry, ``skipped`` those that were for another agent or finished before.
+    """
 
     source: str
     agent: str
@@ -33,6 +53,10 @@ class ProcessorStats(Event, family="operations"):
     p99_ms: float
     tokens: int = 0
     cost_usd: float = 0.0
+    stalled: str = ""
+    partitions: int = 0
+    parked: int = 0
+    skipped: int = 0
 
 
 class AlertRaised(Event, family="operations"):
@@ -84,3 +108,15 @@ class DeadLettered(Event, family="operations"):
     error_type: str
     error: str
     attempts: int = Field(default=1, ge=0)
+
+
+class DeadLetterResolved(Event, family="operations"):
+    """Somebody dealt with the dead letter of the record at this place: sent it to ``agent`` again, or gave it up."""
+
+    source_topic: str
+    source_partition: int
+    source_offset: int
+    agent: str
+    resolution: Resolution
+    resolved_by: str
+    reason: str = ""

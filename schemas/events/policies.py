@@ -2,9 +2,17 @@
 
 from enum import StrEnum
 
-from schemas.events.base import Event
+from schemas.events.base import Event, Value
 
-__all__ = ["AgentHeartbeat", "AgentRegistered", "Health", "PolicyPromoted", "PolicyProposed", "PolicyRolledBack"]
+__all__ = [
+    "AgentHeartbeat",
+    "AgentRegistered",
+    "DirectoryEntry",
+    "Health",
+    "PolicyPromoted",
+    "PolicyProposed",
+    "PolicyRolledBack",
+]
 
 
 class Health(StrEnum):
@@ -60,5 +68,16 @@ class AgentHeartbeat(Event, family="policies"):
 
     name: str
     instance: str
+    health: Health
+    in_flight: int = 0
+
+
+class DirectoryEntry(Value):
+    """One agent's instance as the directory knows it, when a handler asked."""
+
+    agent: str
+    instance: str
+    version: str
+    capabilities: tuple[str, ...] = ()
     health: Health
     in_flight: int = 0

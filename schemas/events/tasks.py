@@ -178,7 +178,11 @@ class TaskCancelRequested(Event, family="tasks"):
 
 
 class TimerFired(Event, family="tasks"):
-    """A timer that a handler set has come due."""
+    """A timer that a handler set has come due; it is for ``agent`` alone, in the ``lane`` that set it.
+
+    It stands in the partition whose event set the timer, so in any topic that the agent reads; ``task_id`` is that
+    event's record key, which for documents is the document's id.
+    """
 
     task_id: str
     agent: str

@@ -1,11 +1,14 @@
-"""Steps on their way to workers and back: what topics ``work.<capability>``, ``work.results`` and ``control`` carry."""
+"""Steps on their way to workers and back: what topics ``work.<capability>``, ``work.results`` and ``control`` carry.
+
+That a step was stopped stands in topic ``effects``: it is something the outside did to a handler.
+"""
 
 from pydantic import Field
 
 from schemas.events.base import Event, Timestamp, Value
 from schemas.events.tasks import Citation, Evidence
 
-__all__ = ["Claim", "StepAssigned", "StepCancelRequested", "StepCompleted", "StepInput"]
+__all__ = ["Claim", "StepAssigned", "StepCancelRequested", "StepCancelled", "StepCompleted", "StepInput"]
 
 
 class StepInput(Value):
@@ -60,4 +63,18 @@ class StepCancelRequested(Event, family="work"):
 
     target: str
     task_id: str
+    reason: str = ""
+
+
+class StepCancelled(Event, family="work"):
+    """A running or waiting step was stopped, as a StepCancelRequested asked.
+
+    It is why the log has no outputs that the event ``event_id`` caused in ``agent``: replay does not decide it again.
+    """
+
+    task_id: str
+    step_id: str
+    attempt: int
+    agent: str
+    event_id: str
     reason: str = ""
