@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from schemas.events import ProcessorStats
+from streams.histogram import COMMIT_BOUNDS, Histogram
 
 __all__ = ["Stats"]
 
@@ -21,6 +22,7 @@ class Stats:
     ``events_in`` counts events that were handled or dead-lettered and committed, ``skipped`` those that were not for
     this agent, ``events_out`` committed output events, ``failures`` failed attempts of handlers.
     ``latencies``: from fetched to committed, a sample a transaction and more. ``commit_latencies``: of transactions.
+    Each :meth:`interval` moves both into the histograms, which begin with the processor.
     """
 
     events_in: int = 0
@@ -36,12 +38,17 @@ class Stats:
     lag: int = 0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     commit_latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    latency_histogram: Histogram = field(default_factory=Histogram)
+    commit_histogram: Histogram = field(default_factory=lambda: Histogram(COMMIT_BOUNDS))
     _told: tuple[int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0.0)
 
     def interval(self, *, agent: str, instance: str, interval_s: float) -> ProcessorStats:
         """The figures since the last call."""
         p50_ms, p99_ms = quantile_ms(self.latencies, 0.5), quantile_ms(self.latencies, 0.99)
+        self.latency_histogram.add(self.latencies)
+        self.commit_histogram.add(self.commit_latencies)
         self.latencies.clear()
+        self.commit_latencies.clear()
         now = (self.events_in, self.events_out, self.failures, self.dead_letters, self.tokens, self.cost_usd)
         events_in, events_out, failures, dead_letters, tokens, cost = (
             new - old for new, old in zip(now, self._told, strict=True)
