@@ -9,6 +9,7 @@ StreamsError
 │   └── OffsetMetadataError the finished-offset map in a commit can't be read
 ├── TransactionAbortedError a transaction came to nothing; the same results may be committed by the next one
 ├── RecordRejectedError     the broker will never take one of the records; names it by its place in the transaction
+├── RestoreCancelledError   a restore was told to end; its partitions are somebody else's by now
 └── NoFreeSlotError         every slot of the group is held by another process
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "OffsetMetadataError",
     "ProcessorError",
     "RecordRejectedError",
+    "RestoreCancelledError",
     "StateError",
     "StreamsError",
     "TransactionAbortedError",
@@ -64,6 +66,10 @@ class RecordRejectedError(StreamsError):
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
         self.index = index
+
+
+class RestoreCancelledError(StreamsError):
+    """A restore ended because it was told to; nothing is wrong."""
 
 
 class OffsetMetadataError(ProcessorError):

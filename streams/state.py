@@ -1,13 +1,16 @@
 """The state store: each lane's state in memory, its changes in a compacted changelog beside the input topic.
 
-In: a partition's changelog, up to what the committed offset stands for. Out: the lanes' states, and changelog records
-for their changes, which the processor commits in the transaction that carries the offset. State is disposable: it
-lives in memory only, and a partition's next owner restores it from the changelog, which compaction keeps near one
-record a lane.
+In: a partition's changelog, up to what the committed offset stands for. Out: the lanes' states and whatever else lies
+there (:mod:`streams.changelog`). State is disposable: it lives in memory only, and a partition's next owner restores
+it from the changelog, which compaction keeps near one record a key. Most lanes are idle: a finished task's marker
+stays for a month. So a lane's state is kept as the bytes that lie in the changelog, and parsed when an event asks.
 """
 
+import re
+import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime, timedelta
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, Generic, TypeVar
@@ -19,15 +22,16 @@ from confluent_kafka import (
     IsolationLevel,
     KafkaError,
     KafkaException,
-    Message,
     TopicPartition,
 )
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agents.step import LaneState
-from streams.errors import ClusterError, MissingTopicError, StateError
-from streams.kafka import reader_settings
+from schemas.record import Record
+from streams.changelog import STATE_PREFIX, Restored
+from streams.errors import ClusterError, MissingTopicError, RestoreCancelledError, StateError
+from streams.kafka import MAX_MESSAGE_BYTES, reader_settings
 
 __all__ = ["CHANGELOG_CONFIG", "StateCodec", "StateStore", "changelog_topic", "ensure_changelogs", "restore"]
 
@@ -39,6 +43,8 @@ CHANGELOG_CONFIG: Final[Mapping[str, str]] = {
     "min.cleanable.dirty.ratio": "0.1",
     # How long a restore may take without missing a tombstone.
     "delete.retention.ms": str(24 * 3600 * 1000),
+    # Effects and parked events lie there too, with their headers.
+    "max.message.bytes": str(MAX_MESSAGE_BYTES),
 }
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -57,7 +63,16 @@ _NO_LEADER_YET: Final = frozenset(
     }
 )
 """What a broker says of a topic that was created a moment ago, or of a partition whose leader has just gone."""
-_BATCH: Final = 2000
+_BATCH: Final = 10_000
+_POLL_S: Final = 0.1
+"""How long a restore waits for anything before it looks whether it is still wanted."""
+_LATEST: Final = OffsetSpec.latest()
+_PARSED_BYTES: Final = 1024 * 1024
+_EXPIRED_AT_ONCE: Final = 5_000
+_HEAD: Final = re.compile(rb'\{"v":1,"now":(-?\d+),"expires":(-?\d+|null),')
+"""What :meth:`StateCodec.dump` begins with: the times are had without parsing the model."""
+_LIFE_SHIFT: Final = 11
+_BULK: Final[Mapping[str, Any]] = {}
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -116,63 +131,171 @@ def _micros(time: datetime) -> int:
 
 
 class StateStore:
-    """The lane states of one input partition.
+    """The lane states of one input partition. It takes ``states``, values of ``codec`` by lane, as its own.
 
     Expiry goes by record time, as for the events themselves (:func:`agents.step.live_state`), never by the clock: what
     is forgotten here is what no event of the partition would see any more.
+
+    A lane's state is kept as bytes; of what was used last, a few MiB are kept parsed, in two generations: what is used
+    goes into the young one, and when that is full it becomes the old one, whose states are forgotten unless they
+    are used again. A lane that expires is filed under a time at or after its expiry; it is looked at then, and filed
+    again if it was given longer by now. That takes 8 bytes a lane, and no change of order.
     """
 
-    __slots__ = ("_expiring", "_states")
+    __slots__ = ("_codec", "_ends", "_filed", "_old", "_raw", "_young", "_young_bytes")
 
-    def __init__(self, states: Mapping[str, LaneState] | None = None) -> None:
-        self._states: dict[str, LaneState] = dict(states or {})
-        # A heap; entries whose lane has another expiry by now are stale and fall out when they come up.
-        self._expiring = [
-            (state.expires_at, lane) for lane, state in self._states.items() if state.expires_at is not None
-        ]
-        heapify(self._expiring)
+    def __init__(self, codec: StateCodec | None = None, states: dict[str, bytes] | None = None) -> None:
+        """``codec`` is None for an agent without state.
+
+        Raises:
+            StateError: a value is none of this release's.
+        """
+        self._codec = codec
+        self._raw: dict[str, bytes] = {} if states is None else states
+        self._young: dict[str, LaneState] = {}
+        self._old: dict[str, LaneState] = {}
+        self._young_bytes = 0
+        # By the second since the epoch at whose beginning all of them are past their expiry; and a heap of the keys.
+        self._filed: dict[int, list[str]] = {}
+        self._ends: list[int] = []
+        if codec is not None:
+            self._file_all()
+
+    def _file_all(self) -> None:
+        filed, match = self._filed, _HEAD.match
+        for lane, raw in self._raw.items():
+            head = match(raw)
+            if head is None:
+                now, expires = self._times(lane, raw)
+            elif (found := head[2]) == b"null":
+                continue
+            else:
+                now, expires = int(head[1]), int(found)
+            if expires is not None:
+                filed.setdefault(_end(now, expires), []).append(lane)
+        self._ends = list(filed)
+        heapify(self._ends)
 
     def __len__(self) -> int:
         """How many lanes have state."""
-        return len(self._states)
+        return len(self._raw)
 
     def get(self, lane: str) -> LaneState | None:
-        """The lane's state, which may be past its expiry (see :func:`agents.step.live_state`)."""
-        return self._states.get(lane)
+        """The lane's state, which may be past its expiry (see :func:`agents.step.live_state`).
 
-    def set(self, lane: str, state: LaneState | None) -> None:
-        """Put or delete the lane's state."""
+        Raises:
+            StateError: what lies in the changelog is none of the agent's model.
+        """
+        state = self._young.get(lane)
+        if state is not None:
+            return state
+        raw = self._raw.get(lane)
+        if raw is None or self._codec is None:
+            return None
+        state = self._old.get(lane)
         if state is None:
-            self._states.pop(lane, None)
+            state = self._load(lane, raw)
+        self._keep(lane, state, raw)
+        return state
+
+    def set(self, lane: str, state: LaneState | None, raw: bytes | None = None) -> None:
+        """Put or delete the lane's state. ``raw`` is what the codec made of it for the changelog; made here if None."""
+        if state is None:
+            self._raw.pop(lane, None)
+            self._young.pop(lane, None)
+            self._old.pop(lane, None)
             return
-        self._states[lane] = state
+        if raw is None:
+            if self._codec is None:
+                raise StateError(f"lane {lane!r} can't have state: its agent has no `state_type`")
+            raw = self._codec.dump(state)
         if state.expires_at is not None:
-            heappush(self._expiring, (state.expires_at, lane))
+            self._file(lane, state.now, state.expires_at)
+        self._raw[lane] = raw
+        self._keep(lane, state, raw)
+
+    def _keep(self, lane: str, state: LaneState, raw: bytes) -> None:
+        self._young[lane] = state
+        self._young_bytes += len(raw)
+        if self._young_bytes > _PARSED_BYTES:
+            self._old, self._young, self._young_bytes = self._young, {}, 0
+
+    def _file(self, lane: str, now: datetime, expires_at: datetime) -> None:
+        """See to it that the lane is filed, at its expiry or before."""
+        expires = _micros(expires_at)
+        before = self._raw.get(lane)
+        if before is not None:
+            _, filed_for = self._times(lane, before)
+            if filed_for is not None and filed_for <= expires:
+                return
+        self._put(_end(_micros(now), expires), lane)
+
+    def _put(self, end: int, lane: str) -> None:
+        filed = self._filed.get(end)
+        if filed is None:
+            self._filed[end] = [lane]
+            heappush(self._ends, end)
+        else:
+            filed.append(lane)
+
+    def _times(self, lane: str, raw: bytes) -> tuple[int, int | None]:
+        """The state's last decision time and its expiry, in microseconds since the epoch."""
+        head = _HEAD.match(raw)
+        if head is not None:
+            return int(head[1]), None if head[2] == b"null" else int(head[2])
+        state = self._load(lane, raw)
+        return _micros(state.now), None if state.expires_at is None else _micros(state.expires_at)
+
+    def _load(self, lane: str, raw: bytes) -> LaneState:
+        assert self._codec is not None
+        try:
+            return self._codec.load(raw)
+        except StateError as error:
+            raise StateError(f"lane {lane!r}: {error}") from error
 
     def expire(self, timestamp_ms: int, busy: Collection[str]) -> list[str]:
-        """Forget the states that are past their expiry at this record time, and return their lanes, to be tombstoned.
+        """Forget states that are past their expiry at this record time, and return their lanes, to be tombstoned.
 
-        ``busy`` lanes have events waiting, which may be older; theirs come up again later.
+        A state is forgotten at the latest a second, or a two-thousandth of its life, after its expiry, and 5,000 at a
+        time: the others come up with the next call. ``busy`` lanes have events waiting, which may be older; theirs
+        come up again later.
         """
-        now = _EPOCH + timedelta(milliseconds=timestamp_ms)
-        expired, later = [], []
-        while self._expiring and self._expiring[0][0] <= now:
-            entry = heappop(self._expiring)
-            state = self._states.get(entry[1])
-            if state is None or state.expires_at != entry[0]:
-                continue
-            if entry[1] in busy:
-                later.append(entry)
-            else:
-                del self._states[entry[1]]
-                expired.append(entry[1])
-        for entry in later:
-            heappush(self._expiring, entry)
+        expired: list[str] = []
+        again: list[tuple[int, str]] = []
+        while self._ends and self._ends[0] * 1000 <= timestamp_ms and len(expired) < _EXPIRED_AT_ONCE:
+            end = self._ends[0]
+            lanes = self._filed[end]
+            while lanes and len(expired) < _EXPIRED_AT_ONCE:
+                lane = lanes.pop()
+                raw = self._raw.get(lane)
+                if raw is None:
+                    continue
+                now, expires = self._times(lane, raw)
+                if expires is None:
+                    continue
+                if expires > timestamp_ms * 1000:
+                    again.append((_end(now, expires), lane))
+                elif lane in busy:
+                    again.append((end, lane))
+                else:
+                    self.set(lane, None)
+                    expired.append(lane)
+            if not lanes:
+                heappop(self._ends)
+                del self._filed[end]
+        for end, lane in dict.fromkeys(again):
+            self._put(end, lane)
         return expired
 
 
-def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str], *, stateful: bool) -> None:
-    """See to it that the input ``topics`` exist and, for a stateful agent, that each has its changelog.
+def _end(now: int, expires: int) -> int:
+    """Under which second a state is filed, times in microseconds: few different ones, and none before its expiry."""
+    step = 1 << ((expires - now) // 1_000_000 >> _LIFE_SHIFT).bit_length()
+    return -(-expires // (1_000_000 * step)) * step
+
+
+def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str]) -> None:
+    """See to it that the input ``topics`` exist and that each has its changelog.
 
     A changelog has its input's number of partitions and copies. Blocks.
 
@@ -189,8 +312,6 @@ def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str
             raise MissingTopicError(
                 f"{group} reads {', '.join(missing)}, which the cluster lacks; create the topics first"
             )
-        if not stateful:
-            return
         wanted = {changelog_topic(group, topic): topic for topic in topics}
         new = []
         for changelog, topic in wanted.items():
@@ -215,89 +336,128 @@ def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str
 
 def restore(
     kafka: Mapping[str, Any],
-    partitions: Iterable[tuple[str, int]],
-    codec: StateCodec,
+    places: Iterable[tuple[str, str, int]],
     *,
     timeout_s: float,
-) -> dict[tuple[str, int], dict[str, LaneState]]:
-    """Read changelog ``partitions`` and return their lanes' states. Blocks; the time is bounded by the live lanes.
+    cancelled: threading.Event,
+) -> dict[tuple[str, int], Restored]:
+    """Read changelog partitions and return what they hold. Blocks; the time is bounded by the live keys.
+
+    ``places`` are changelog, its input topic and the partition's number; the answer is by changelog and number. States
+    are not parsed.
 
     Call it after the group's committed offsets were fetched (which waits for open transactions). Their commit markers
     may reach the changelog a little later than the offsets, so it is read to where its high watermark was, however
     long the last stable offset takes to get there: a dead owner's open transaction ends at its timeout.
 
     Raises:
-        StateError: the changelog can't be read as this agent's state.
-        ClusterError: the cluster did not answer within ``timeout_s`` seconds.
+        StateError: a changelog has what can't be read.
+        ClusterError: nothing came from the cluster for ``timeout_s`` seconds.
+        RestoreCancelledError: ``cancelled`` was set, some tenths of a second ago at most.
     """
-    places = [TopicPartition(topic, partition, OFFSET_BEGINNING) for topic, partition in partitions]
-    if not places:
+    inputs = {(changelog, number): topic for changelog, topic, number in places}
+    if not inputs:
         return {}
-    deadline = time.monotonic() + timeout_s
     try:
-        ends = _high_watermarks(kafka, places, deadline)
-        consumer = Consumer(reader_settings(kafka, f"restore-{uuid4()}"))
-        try:
-            return _read(consumer, ends, codec, deadline)
-        finally:
-            consumer.close()
+        return _Restore(kafka, inputs, timeout_s, cancelled).run()
     except KafkaException as error:
         raise ClusterError(f"changelogs can't be read: {error.args[0].str()}") from error
 
 
-def _high_watermarks(
-    kafka: Mapping[str, Any], places: list[TopicPartition], deadline: float
-) -> dict[tuple[str, int], int]:
-    admin = AdminClient(dict(kafka))  # bound: a client that is collected takes its unanswered requests with it
-    leaders_by = min(deadline, time.monotonic() + _LEADER_TIMEOUT_S)
-    ends: dict[tuple[str, int], int] = {}
-    wanted = {TopicPartition(place.topic, place.partition): OffsetSpec.latest() for place in places}
-    while True:
-        left = max(deadline - time.monotonic(), 1.0)
-        futures = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=left)
-        leaderless = {}
-        for place, future in futures.items():
-            try:
-                ends[place.topic, place.partition] = future.result().offset
-            except KafkaException as error:
-                if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > leaders_by:
-                    raise
-                leaderless[place] = wanted[place]
-        if not leaderless:
-            return ends
-        wanted = leaderless
-        time.sleep(_LEADER_POLL_S)
+_Place = tuple[str, int]
 
 
-def _read(
-    consumer: Consumer, ends: Mapping[tuple[str, int], int], codec: StateCodec, deadline: float
-) -> dict[tuple[str, int], dict[str, LaneState]]:
-    raw: dict[tuple[str, int], dict[str, bytes]] = {place: {} for place in ends}
-    waiting = {place for place, end in ends.items() if end > 0}
-    consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for topic, partition in waiting])
-    while waiting:
-        if time.monotonic() > deadline:
-            raise ClusterError(f"the changelogs {sorted(waiting)} did not come to their end in time; is a broker down?")
-        first = consumer.poll(0.5)
-        for message in [] if first is None else [first, *consumer.consume(_BATCH, 0)]:
-            place = message.topic(), message.partition()
-            error = message.error()
-            if error is None:
-                _apply(raw[place], message)
-            elif error.code() != KafkaError._PARTITION_EOF:
-                if not error.retriable() and error.code() not in _NO_LEADER_YET:
-                    raise KafkaException(error)
-            elif message.offset() >= ends[place]:
-                waiting.discard(place)
-    # Only what is live is parsed: of the same lane's many records, the last.
-    return {place: {lane: codec.load(value) for lane, value in lanes.items()} for place, lanes in raw.items()}
+class _Restore:
+    """One run of :func:`restore`."""
 
+    def __init__(
+        self, kafka: Mapping[str, Any], inputs: Mapping[_Place, str], timeout_s: float, cancelled: threading.Event
+    ) -> None:
+        self._kafka = kafka
+        self._inputs = inputs
+        self._timeout_s = timeout_s
+        self._cancelled = cancelled
 
-def _apply(lanes: dict[str, bytes], message: Message) -> None:
-    key, value = message.key(), message.value()
-    if key is None:
-        raise StateError(f"{message.topic()}[{message.partition()}]@{message.offset()} has no key; who wrote it?")
-    if value is None:
-        lanes.pop(key.decode(), None)
-    else:
-        lanes[key.decode()] = value
+    def run(self) -> dict[_Place, Restored]:
+        ends = self._high_watermarks()
+        consumer = Consumer({**reader_settings(self._kafka, f"restore-{uuid4()}"), **_BULK})
+        try:
+            return self._read(consumer, ends)
+        finally:
+            consumer.close()
+
+    def _still_wanted(self) -> None:
+        if self._cancelled.is_set():
+            raise RestoreCancelledError(f"the restore of {len(self._inputs)} changelog partitions was cancelled")
+
+    def _high_watermarks(self) -> dict[_Place, int]:
+        admin = AdminClient(dict(self._kafka))  # bound: a client that is collected takes its unanswered requests along
+        leaders_by = time.monotonic() + min(self._timeout_s, _LEADER_TIMEOUT_S)
+        ends: dict[_Place, int] = {}
+        wanted = [TopicPartition(topic, number) for topic, number in self._inputs]
+        while True:
+            futures = admin.list_offsets(
+                dict.fromkeys(wanted, _LATEST),
+                isolation_level=IsolationLevel.READ_UNCOMMITTED,
+                request_timeout=max(self._timeout_s, 1.0),
+            )
+            waiting: set[Future[Any]] = set(futures.values())
+            while waiting:
+                self._still_wanted()
+                waiting = wait(waiting, _POLL_S).not_done
+            leaderless = []
+            for place, future in futures.items():
+                try:
+                    ends[place.topic, place.partition] = future.result().offset
+                except KafkaException as error:
+                    if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > leaders_by:
+                        raise
+                    leaderless.append(place)
+            if not leaderless:
+                return ends
+            wanted = leaderless
+            self._cancelled.wait(_LEADER_POLL_S)
+
+    def _read(self, consumer: Consumer, ends: Mapping[_Place, int]) -> dict[_Place, Restored]:
+        states: dict[_Place, dict[str, bytes]] = {place: {} for place in ends}
+        others: dict[_Place, dict[bytes, Record]] = {place: {} for place in ends}
+        waiting = {place for place, end in ends.items() if end > 0}
+        consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for topic, number in waiting])
+        quiet_since = time.monotonic()
+        while waiting:
+            self._still_wanted()
+            first = consumer.poll(_POLL_S)
+            if first is None:
+                if time.monotonic() - quiet_since > self._timeout_s:
+                    raise ClusterError(
+                        f"nothing came from the changelogs {sorted(waiting)} for {self._timeout_s:g} s, and they are "
+                        "not at their end; is a broker down?"
+                    )
+                continue
+            quiet_since = time.monotonic()
+            prefix, cut = STATE_PREFIX, len(STATE_PREFIX)
+            for message in [first, *consumer.consume(_BATCH, 0)]:
+                place = message.topic(), message.partition()
+                error = message.error()
+                if error is not None:
+                    if error.code() == KafkaError._PARTITION_EOF:
+                        if message.offset() >= ends[place]:
+                            waiting.discard(place)
+                    elif not error.retriable() and error.code() not in _NO_LEADER_YET:
+                        raise KafkaException(error)
+                    continue
+                key, value = message.key(), message.value()
+                if key is None:
+                    raise StateError(f"{place[0]}[{place[1]}]@{message.offset()} has no key; who wrote it?")
+                if key.startswith(prefix):
+                    if value is None:
+                        states[place].pop(key[cut:].decode(), None)
+                    else:
+                        states[place][key[cut:].decode()] = value
+                elif value is None:
+                    others[place].pop(key, None)
+                else:
+                    others[place][key] = Record.from_message(message)
+        return {
+            place: Restored.of(states[place], others[place].values(), topic) for place, topic in self._inputs.items()
+        }
