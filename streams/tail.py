@@ -1,0 +1,159 @@
+"""Follows a topic in a thread of its own: what it holds since a time, then what comes. No group, no offsets.
+
+In: librdkafka settings, a topic, and how far back to begin. Out: a call in the thread for each event that decodes, in
+the order of its partition. What a process has forgotten it reads again when it starts, so a projection of the topic
+needs no store. A record may be told twice, after trouble with Kafka.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Final, Self
+from uuid import uuid4
+
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from schemas.codec import Codec
+from schemas.errors import RegistryError, SchemaError
+from schemas.metadata import Envelope
+from schemas.record import Record
+from streams.kafka import reader_settings
+
+__all__ = ["Tail"]
+
+_BATCH: Final = 1000
+_POLL_S: Final = 0.1
+_RETRY_S: Final = 1.0
+_METADATA_S: Final = 10.0
+_PASSING: Final = frozenset(
+    {
+        KafkaError._PARTITION_EOF,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._TRANSPORT,
+        KafkaError._RESOLVE,
+        KafkaError._TIMED_OUT,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+    }
+)
+"""What librdkafka gets over by itself: it reconnects for ever."""
+
+log = logging.getLogger(__name__)
+
+
+class Tail:
+    """Calls ``on_event(envelope, timestamp_ms)`` for the topic's events; the timestamp is the broker's append time.
+
+    ``since`` bounds how old the first records are, None begins at the beginning. It waits for a topic that is not
+    there, and for brokers that are away, for as long as it takes.
+    """
+
+    def __init__(
+        self,
+        kafka: Mapping[str, Any],
+        codec: Codec,
+        topic: str,
+        on_event: Callable[[Envelope, int], None],
+        *,
+        since: timedelta | None = None,
+    ) -> None:
+        self._kafka = kafka
+        self._codec = codec
+        self._topic = topic
+        self._on_event = on_event
+        self._since = since
+        self._stop = threading.Event()
+        self._caught_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"{topic} reader", daemon=True)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether all that the topic held at the start was told."""
+        return self._caught_up.is_set()
+
+    def wait_caught_up(self, timeout_s: float) -> bool:
+        """Wait until it is caught up; whether it is."""
+        return self._caught_up.wait(timeout_s)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop; no call is made after it returns."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        """Begins."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops."""
+        self.stop()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._read()
+            except KafkaException as error:
+                log.info("%s can't be read, and is tried again: %s", self._topic, error.args[0].str())
+            except Exception:
+                log.exception("%s can't be read, and is tried again", self._topic)
+            self._stop.wait(_RETRY_S)
+
+    def _read(self) -> None:
+        consumer = Consumer(reader_settings(self._kafka, f"{self._topic}-{uuid4()}"))
+        try:
+            waiting = self._assign(consumer)
+            while not self._stop.is_set():
+                first = consumer.poll(_POLL_S)
+                for message in [] if first is None else [first, *consumer.consume(_BATCH - 1, 0)]:
+                    error = message.error()
+                    if error is None:
+                        self._tell(message)
+                    elif error.code() == KafkaError._PARTITION_EOF:
+                        waiting.discard(message.partition())
+                    elif not error.retriable() and error.code() not in _PASSING:
+                        raise KafkaException(error)
+                if not waiting:
+                    self._caught_up.set()
+        finally:
+            with suppress(RuntimeError):
+                consumer.close()
+
+    def _assign(self, consumer: Consumer) -> set[int]:
+        """Begin where ``since`` says; the partitions whose end is not reached yet."""
+        topic = consumer.list_topics(self._topic, timeout=_METADATA_S).topics[self._topic]
+        if topic.error is not None:
+            raise KafkaException(topic.error)
+        places = [TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in topic.partitions]
+        if self._since is not None:
+            since_ms = int((time.time() - self._since.total_seconds()) * 1000)
+            asked = [TopicPartition(self._topic, place.partition, since_ms) for place in places]
+            places = consumer.offsets_for_times(asked, timeout=_METADATA_S)
+            for place in places:
+                if place.error is not None:
+                    raise KafkaException(place.error)
+                # No record is that young: nothing but what comes.
+                place.offset = OFFSET_END if place.offset < 0 else place.offset
+        consumer.assign(places)
+        return set(topic.partitions)
+
+    def _tell(self, message: Message) -> None:
+        record = Record.from_message(message)
+        try:
+            envelope = self._codec.decode(record)
+        except RegistryError as error:
+            # The bytes may be fine; they are read again when the registry answers.
+            raise KafkaException(KafkaError(KafkaError._FAIL, str(error))) from error
+        except SchemaError as error:
+            log.warning("%s@%s is passed over: %s", self._topic, record.offset, error)
+            return
+        if not self._stop.is_set():
+            self._on_event(envelope, record.timestamp_ms)
