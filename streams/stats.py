@@ -20,7 +20,10 @@ class Stats:
     """Counters since the start; latencies in seconds, a sample of the interval's.
 
     ``events_in`` counts events that were handled or dead-lettered and committed, ``skipped`` those that were not for
-    this agent, ``events_out`` committed output events, ``failures`` failed attempts of handlers.
+    this agent or were done before, ``events_out`` committed output events, ``failures`` failed attempts of handlers,
+    ``retries`` those that are followed by another, ``journalled`` effects committed before their step was done,
+    ``cancelled`` stopped steps, ``timers`` those that fired. ``in_flight``, ``lag``, ``parked`` (events that wait for
+    their next attempt) and ``restore_s`` (how long the last restore took) are the latest figures, not counts.
     ``latencies``: from fetched to committed, a sample a transaction and more. ``commit_latencies``: of transactions.
     Each :meth:`interval` moves both into the histograms, which begin with the processor.
     """
@@ -36,21 +39,37 @@ class Stats:
     cost_usd: float = 0.0
     in_flight: int = 0
     lag: int = 0
+    parked: int = 0
+    retries: int = 0
+    journalled: int = 0
+    cancelled: int = 0
+    timers: int = 0
+    restore_s: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     commit_latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
     latency_histogram: Histogram = field(default_factory=Histogram)
     commit_histogram: Histogram = field(default_factory=lambda: Histogram(COMMIT_BOUNDS))
-    _told: tuple[int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0.0)
+    _told: tuple[int, int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0, 0.0)
 
-    def interval(self, *, agent: str, instance: str, interval_s: float) -> ProcessorStats:
-        """The figures since the last call."""
+    def interval(
+        self, *, agent: str, instance: str, interval_s: float, stalled: str = "", partitions: int = 0
+    ) -> ProcessorStats:
+        """The figures since the last call. ``stalled`` is what holds it up, in words; ``partitions`` are those owned."""
         p50_ms, p99_ms = quantile_ms(self.latencies, 0.5), quantile_ms(self.latencies, 0.99)
         self.latency_histogram.add(self.latencies)
         self.commit_histogram.add(self.commit_latencies)
         self.latencies.clear()
         self.commit_latencies.clear()
-        now = (self.events_in, self.events_out, self.failures, self.dead_letters, self.tokens, self.cost_usd)
-        events_in, events_out, failures, dead_letters, tokens, cost = (
+        now = (
+            self.events_in,
+            self.events_out,
+            self.failures,
+            self.dead_letters,
+            self.skipped,
+            self.tokens,
+            self.cost_usd,
+        )
+        events_in, events_out, failures, dead_letters, skipped, tokens, cost = (
             new - old for new, old in zip(now, self._told, strict=True)
         )
         self._told = now
@@ -69,6 +88,10 @@ class Stats:
             p99_ms=p99_ms,
             tokens=int(tokens),
             cost_usd=max(cost, 0.0),
+            stalled=stalled,
+            partitions=partitions,
+            parked=self.parked,
+            skipped=int(skipped),
         )
 
 
