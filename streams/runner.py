@@ -1,36 +1,32 @@
-"""Runs several processors in one event loop, restarts those that may recover, and tells their figures each second.
+"""Runs several processors in one event loop, restarts those that may recover, and tells how they fare.
 
 In: bindings, and what every processor needs. Out: nothing until :meth:`Runner.stop`, or the error that no restart
-helps against. Figures go to ``telemetry`` through one plain idempotent producer for all processors: they are about the
-process, not decided from events, and must flow when transactions are stuck.
+helps against. Once a second each processor is looked at (:mod:`streams.readiness`) and told of
+(:mod:`streams.telling`). Orders to stop a step (:mod:`streams.control`) are heard once for all of them.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from contextlib import suppress
 from typing import Any, Final
-
-from confluent_kafka import KafkaException, Producer
 
 from agents.context import Ports
 from schemas.codec import Codec
-from schemas.metadata import Metadata, deterministic_id
-from schemas.topics import key_of, topic_name
 from streams.binding import Binding
+from streams.control import CancelledSteps, ControlReader
 from streams.errors import FencedError, ProcessorError
 from streams.garbage import collecting_seldom
-from streams.kafka import producer_settings
 from streams.processor import Processor
+from streams.readiness import Readiness
+from streams.telling import INTERVAL_S, Teller
 
 __all__ = ["Runner"]
 
 _FIRST_BACKOFF_S: Final = 0.5
 _LAST_BACKOFF_S: Final = 30.0
 _STEADY_S: Final = 60.0
-_TELEMETRY_S: Final = 1.0
-_FLUSH_S: Final = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +61,12 @@ class Runner:
         self._drain_timeout_s = drain_timeout_s
         self._telemetry = telemetry
         self._stop = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._cancelled = CancelledSteps()
         self.processors: dict[str, Processor] = {}
         """The running processor of each agent, by the agent's name."""
+        self.readiness: dict[str, Readiness] = {}
+        """What each of them waits for, looked at once a second."""
 
     @property
     def ready(self) -> bool:
@@ -90,7 +90,9 @@ class Runner:
 
     async def _run(self) -> None:
         keepers = [asyncio.create_task(self._keep(binding)) for binding in self._bindings]
-        teller = asyncio.create_task(self._tell()) if self._telemetry else None
+        control = ControlReader(self._kafka, self._codec, self._cancel_step)
+        control.start()
+        looking = asyncio.create_task(self._look())
         try:
             await asyncio.wait(keepers, return_when=asyncio.FIRST_EXCEPTION)
             self.stop()
@@ -98,9 +100,14 @@ class Runner:
         finally:
             self.stop()
             await asyncio.gather(*keepers, return_exceptions=True)
-            if teller is not None:
-                teller.cancel()
-                await asyncio.gather(teller, return_exceptions=True)
+            self._ended.set()
+            await control.stop()
+            await asyncio.gather(looking, return_exceptions=True)
+
+    def _cancel_step(self, step_id: str, reason: str) -> None:
+        if self._cancelled.add(step_id, reason):
+            for processor in self.processors.values():
+                processor.cancel_step(step_id, reason)
 
     async def _keep(self, binding: Binding) -> None:
         backoff_s = _FIRST_BACKOFF_S
@@ -114,7 +121,9 @@ class Runner:
                 slot=self._slot,
                 commit_interval_s=self._commit_interval_s,
                 drain_timeout_s=self._drain_timeout_s,
+                cancelled=self._cancelled,
             )
+            self.readiness[binding.agent.name] = Readiness(processor)
             started = time.monotonic()
             try:
                 await processor.run()
@@ -134,30 +143,25 @@ class Runner:
             except TimeoutError:
                 backoff_s = min(_LAST_BACKOFF_S, backoff_s * 2)
 
-    async def _tell(self) -> None:
-        producer = Producer(producer_settings(self._kafka, f"magnatronic-telemetry-{self._slot}"))
+    async def _look(self) -> None:
+        """Look at each processor once a second until all have stopped, and tell what was seen."""
+        teller = None
+        if self._telemetry:
+            teller = Teller(codec=self._codec, kafka=self._kafka, instance=str(self._slot))
         try:
-            while True:
-                await asyncio.sleep(_TELEMETRY_S)
-                for processor in self.processors.values():
-                    self._tell_one(producer, processor)
-                producer.poll(0)
+            while not self._ended.is_set():
+                for name, processor in self.processors.items():
+                    try:
+                        readiness = self.readiness[name]
+                        readiness.check()
+                        if teller is not None:
+                            teller.tell(processor, readiness)
+                    except Exception:
+                        # Figures are worth less than the work.
+                        log.exception("%s: its figures can't be told", processor.name)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(INTERVAL_S):
+                        await self._ended.wait()
         finally:
-            await asyncio.to_thread(producer.flush, _FLUSH_S)
-
-    def _tell_one(self, producer: Producer, processor: Processor) -> None:
-        agent = processor.binding.agent.name
-        stats = processor.stats.interval(agent=agent, instance=str(self._slot), interval_s=_TELEMETRY_S)
-        now, key = datetime.now(UTC), key_of(stats)
-        metadata = Metadata(
-            id=deterministic_id(processor.name, "stats", now.isoformat()),
-            source=f"/processors/{processor.name}",
-            subject=key,
-            time=now,
-        )
-        value, headers = self._codec.encode(stats, metadata)
-        try:
-            producer.produce(topic_name(stats), value, key.encode(), headers=headers)
-        except (BufferError, KafkaException) as error:
-            # Figures are worth less than the work; the next second has new ones.
-            log.debug("%s: no telemetry: %s", processor.name, error)
+            if teller is not None:
+                await asyncio.to_thread(teller.close, self.processors)

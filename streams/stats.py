@@ -54,7 +54,7 @@ class Stats:
     def interval(
         self, *, agent: str, instance: str, interval_s: float, stalled: str = "", partitions: int = 0
     ) -> ProcessorStats:
-        """The figures since the last call. ``stalled`` is what holds it up, in words; ``partitions`` are those owned."""
+        """The figures since the last call. ``stalled`` says what holds it up, ``partitions`` how many it owns."""
         p50_ms, p99_ms = quantile_ms(self.latencies, 0.5), quantile_ms(self.latencies, 0.99)
         self.latency_histogram.add(self.latencies)
         self.commit_histogram.add(self.commit_latencies)
