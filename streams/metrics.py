@@ -46,6 +46,15 @@ class MetricName(Enum):
     DEAD_LETTERS = Definition("magnatronic_processor_dead_letters", "counter", _PROCESSOR, "Events dead-lettered")
     # Attempts, not events: one event may fail several times and then succeed.
     FAILURES = Definition("magnatronic_processor_failures", "counter", _PROCESSOR, "Failed attempts of handlers")
+    RETRIES = Definition(
+        "magnatronic_processor_retries", "counter", _PROCESSOR, "Failed attempts that are followed by another"
+    )
+    CANCELLED = Definition("magnatronic_processor_cancelled", "counter", _PROCESSOR, "Steps stopped by request")
+    TIMERS = Definition("magnatronic_processor_timers", "counter", _PROCESSOR, "Timers fired")
+    # What a crash would not lose though its step still runs.
+    JOURNALLED = Definition(
+        "magnatronic_processor_journalled", "counter", _PROCESSOR, "Effects committed before their step was done"
+    )
     # outcome is committed or aborted. An abort now and then belongs to rebalances.
     TRANSACTIONS = Definition(
         "magnatronic_processor_transactions", "counter", (*_PROCESSOR, "outcome"), "Kafka transactions by outcome"
@@ -58,6 +67,8 @@ class MetricName(Enum):
         "magnatronic_processor_in_flight", "gauge", _PROCESSOR, "Events fetched whose results are not committed"
     )
     HANDLERS = Definition("magnatronic_processor_handlers", "gauge", _PROCESSOR, "Handlers that run or wait for a call")
+    # They wait for their next attempt in the changelog; their offsets are finished.
+    PARKED = Definition("magnatronic_processor_parked", "gauge", _PROCESSOR, "Events parked until their next attempt")
     LAG = Definition("magnatronic_processor_lag", "gauge", _PROCESSOR, "Records between the finished ones and the end")
     PARTITIONS = Definition("magnatronic_processor_partitions", "gauge", _PROCESSOR, "Partitions owned")
     # 1 or 0; /ready says why it is 0.
@@ -70,6 +81,9 @@ class MetricName(Enum):
         "From fetched to committed; a sample",
     )
     COMMIT = Definition("magnatronic_processor_commit_seconds", "histogram", _PROCESSOR, "Kafka transactions' duration")
+    RESTORE = Definition(
+        "magnatronic_processor_restore_seconds", "gauge", _PROCESSOR, "Reading the state of partitions, the last time"
+    )
     # Of each owned partition, as last looked at (once a second).
     PARTITION_OFFSET = Definition(
         "magnatronic_partition_unfinished_offset",
@@ -188,6 +202,12 @@ def _add_processor(families: Families, processor: ProcessorFigures) -> None:
         (name.SKIPPED, stats.skipped),
         (name.DEAD_LETTERS, stats.dead_letters),
         (name.FAILURES, stats.failures),
+        (name.RETRIES, stats.retries),
+        (name.CANCELLED, stats.cancelled),
+        (name.TIMERS, stats.timers),
+        (name.JOURNALLED, stats.journalled),
+        (name.PARKED, stats.parked),
+        (name.RESTORE, stats.restore_s),
         (name.TOKENS, stats.tokens),
         (name.COST, stats.cost_usd),
         (name.IN_FLIGHT, stats.in_flight),

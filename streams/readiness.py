@@ -166,11 +166,12 @@ class Readiness:
     def _look(self, now: float, seen: set[tuple[Any, ...]]) -> Iterable[Cause]:
         processor = self._processor
         name = processor.name
-        if not processor.joined and not processor.restoring:
+        restoring: Collection[Place] = getattr(processor, "restoring", ())
+        if not processor.joined and not restoring:
             for_s = self._for_s(now, seen, Kind.NOT_JOINED)
             said = f"{name} is not in its group {processor.binding.group}, for {for_s:.0f} s"
             yield Cause(Kind.NOT_JOINED, name, said, for_s)
-        for topic, number in sorted(processor.restoring):
+        for topic, number in sorted(restoring):
             for_s = self._for_s(now, seen, Kind.RESTORING, topic, number)
             said = f"{name} restores the state of {topic}[{number}], for {for_s:.0f} s"
             yield Cause(Kind.RESTORING, name, said, for_s, topic, number)
@@ -221,16 +222,21 @@ class Readiness:
             doing = f"runs for {max(0.0, now - worker.since):.0f} s in attempt {_attempt(work)}"
             if work.offset == offset:
                 return work, doing
-            running[work.lane] = f"waits for offset {work.offset} of its lane, which {doing}"
+            running[work.lane] = f"waits for offset {work.record.offset} of its lane, which {doing}"
         for key, lane in partition.lanes.items():
             for work in lane.items:
                 if work.offset != offset:
                     continue
                 if key in running:
                     return work, running[key]
+                first = lane.items[0]
+                doing = f"waits for one of {self._processor.binding.concurrency} handlers to be free"
                 if lane.held:
-                    return work, f"waits for attempt {_attempt(work) + 1}"
-                return work, f"waits for one of {self._processor.binding.concurrency} handlers to be free"
+                    doing = f"waits for attempt {_attempt(first)}"
+                return (
+                    work,
+                    doing if work is first else f"waits for offset {first.record.offset} of its lane, which {doing}",
+                )
         if partition.uncommitted:
             trouble = self._processor.trouble
             return None, f"is finished and waits for its commit{f': {trouble}' if trouble else ''}"
