@@ -150,11 +150,12 @@ class Restored:
         for record in others:
             try:
                 restored._take(record, input_topic, effects)
-            except (ValueError, ValidationError) as error:
-                place = f"{record.topic}[{record.partition}]@{record.offset}"
+            except ValueError as error:
+                said = error.errors(include_url=False)[:2] if isinstance(error, ValidationError) else error
                 raise StateError(
-                    f"{place}: key {(record.key or b'')[:200]!r} with {len(record.value or b'')} bytes can't be read: "
-                    f"{str(error)[:500]}; it was written by a later release, or by somebody else"
+                    f"{record.topic}[{record.partition}]@{record.offset}: key {(record.key or b'')[:200]!r} with "
+                    f"{len(record.value or b'')} bytes can't be read: {str(said)[:500]}; it was written by a later "
+                    "release, or by somebody else"
                 ) from error
         for event_id, numbered in effects.items():
             numbered.sort(key=lambda each: each[0])
@@ -212,7 +213,9 @@ def timer_value(timer: Timer) -> bytes:
 
 
 def _timer(rest: str, data: bytes) -> Timer:
-    lane, _, name = rest.partition(_SEPARATOR)
+    lane, separator, name = rest.partition(_SEPARATOR)
+    if not separator:
+        raise ValueError("the key has a lane but no name")
     value = _TimerValue.model_validate_json(data)
     try:
         due = _EPOCH + timedelta(microseconds=value.due)
