@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from magnatronic.broker.artifacts import Artifact, ArtifactSet, cache_folder
-from magnatronic.broker.embedded import KAFKA_JARS
 from magnatronic.broker.errors import ArtifactError
 from magnatronic.broker.lock import KAFKA_VERSION, ROOTS
+from magnatronic.broker.node import KAFKA_JARS
 
 
 class _Handler(SimpleHTTPRequestHandler):
