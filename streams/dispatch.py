@@ -15,7 +15,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from typing import Final, Generic, TypeVar
 
-__all__ = ["HIGH", "LOW", "NORMAL", "RANKS", "Dispatcher", "Lane", "Worker", "shares"]
+from schemas.events import Priority
+from schemas.topics import priority_of
+
+__all__ = ["HIGH", "LOW", "NORMAL", "RANKS", "Dispatcher", "Lane", "Turns", "Worker", "rank_of", "shares"]
 
 ItemT = TypeVar("ItemT")
 
@@ -23,6 +26,7 @@ HIGH: Final = 0
 NORMAL: Final = 1
 LOW: Final = 2
 RANKS: Final = (HIGH, NORMAL, LOW)
+_RANK_OF: Final = {Priority.HIGH: HIGH, Priority.NORMAL: NORMAL, Priority.LOW: LOW}
 
 _BURST: Final = 64
 """After so many runs that never waited, a worker lets the event loop do its other work."""
@@ -33,6 +37,15 @@ _IDLE, _READY, _HOLDING, _HELD = range(4)
 One number, and not two flags, because a lane often lives for one event only."""
 _SHARED_FROM: Final = 8
 """Of fewer places none is kept back: an eighth of them would be nothing."""
+
+
+def rank_of(topic: str) -> int:
+    """The rank of what stands in a topic, by the priority that its name tells.
+
+    >>> rank_of("tasks.high"), rank_of("documents"), rank_of("work.research.low")
+    (0, 1, 2)
+    """
+    return _RANK_OF[priority_of(topic)]
 
 
 def shares(total: int, ranks: Collection[int] = RANKS) -> tuple[int, int, int]:
@@ -50,6 +63,34 @@ def shares(total: int, ranks: Collection[int] = RANKS) -> tuple[int, int, int]:
         total * 7 // 8 if HIGH in ranks else total,
         total * 3 // 4 if HIGH in ranks or NORMAL in ranks else total,
     )
+
+
+class Turns:
+    """Whose turn it is where several ranks wait: 16 : 4 : 1, and nobody for ever behind the others."""
+
+    __slots__ = ("_below_high", "_low")
+
+    def __init__(self) -> None:
+        # How far the lower ranks have come to their turn: at _HIGH_PICKS normal and low may go before high, at
+        # _NORMAL_PICKS low before normal.
+        self._below_high = self._low = 0
+
+    def next(self, high: bool, normal: bool, low: bool) -> int:
+        """The rank to go now, of those that wait and may; -1 when none does."""
+        if high and (self._below_high < _HIGH_PICKS or not (normal or low)):
+            self._below_high += _NORMAL_PICKS * normal + low
+            return HIGH
+        if not (normal or low):
+            return -1
+        if high:
+            self._below_high -= _HIGH_PICKS
+        if not normal:
+            return LOW
+        if low and self._low >= _NORMAL_PICKS:
+            self._low -= _NORMAL_PICKS
+            return LOW
+        self._low += low
+        return NORMAL
 
 
 class Lane(Generic[ItemT]):
@@ -118,9 +159,7 @@ class Dispatcher(Generic[ItemT]):
         self._ready: tuple[deque[Lane[ItemT]], ...] = (deque(), deque(), deque())
         self._pumping = False
         self._taken = [0, 0, 0]
-        # How far the lower ranks have come to their turn: at _HIGH_PICKS normal and low may pick before high, at
-        # _NORMAL_PICKS low before normal.
-        self._turn_below_high = self._turn_low = 0
+        self._turns = Turns()
         self.workers: set[Worker[ItemT]] = set()
 
     def submit(self, lane: Lane[ItemT], item: ItemT) -> None:
@@ -194,22 +233,9 @@ class Dispatcher(Generic[ItemT]):
     def _choose(self, worker: Worker[ItemT]) -> int:
         """The rank that ``worker`` takes a lane of now, -1 when there is none for it."""
         normal, low = self._may_take(worker.rank)
-        if self._ready[HIGH] and (self._turn_below_high < _HIGH_PICKS or not (normal or low)):
-            rank = HIGH
-            if normal or low:
-                self._turn_below_high += _NORMAL_PICKS * normal + low
-        elif normal or low:
-            if self._ready[HIGH]:
-                self._turn_below_high -= _HIGH_PICKS
-            if not normal or (low and self._turn_low >= _NORMAL_PICKS):
-                rank = LOW
-                if normal:
-                    self._turn_low -= _NORMAL_PICKS
-            else:
-                rank = NORMAL
-                self._turn_low += low
-        else:
-            return -1
+        rank = self._turns.next(bool(self._ready[HIGH]), normal, low)
+        if rank < 0:
+            return rank
         if rank != worker.rank:
             if worker.rank >= 0:
                 self._taken[worker.rank] -= 1
