@@ -9,6 +9,7 @@
     │   ├── UnknownTaskError      the log holds nothing of the task
     │   └── QueryRefusedError     the SQL is wrong, or would write
     ├── ClusterError              Kafka can't be reached, or refused
+    ├── FencedOperatorError       another operator began to resolve dead letters
     ├── ControlError              the running system failed at what it was asked
     ├── WaitTimeoutError          it did not happen in time; it may still
     └── PartFailedError           a part of the running system ended; carries its name
@@ -18,6 +19,7 @@ __all__ = [
     "AlreadyRunningError",
     "ClusterError",
     "ControlError",
+    "FencedOperatorError",
     "MagnatronicError",
     "NotRunningError",
     "PartFailedError",
@@ -54,6 +56,10 @@ class QueryRefusedError(WrongInputError):
 
 class ClusterError(MagnatronicError):
     """The Kafka cluster can't be reached, lacks a topic, or refused a record."""
+
+
+class FencedOperatorError(MagnatronicError):
+    """Another operator began to resolve dead letters on this cluster; what was not committed here was not done."""
 
 
 class ControlError(MagnatronicError):

@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "watch": ("magnatronic.cli.work", "Show events as they happen, one line each."),
     "query": ("magnatronic.cli.inspect", "Ask ClickHouse: SQL over every event, step, token and dollar."),
     "topics": ("magnatronic.cli.inspect", "Show the topics as they are on the cluster."),
+    "dlq": ("magnatronic.cli.dlq", "Dead letters: list them, look into them, send them again, give them up."),
     "replay": ("magnatronic.cli.inspect", "Decide a task again from the log and compare every output by hash."),
 }
 """Where each command lives, and what it does in one line."""
