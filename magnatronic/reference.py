@@ -34,7 +34,8 @@ def _pattern(topic: Topic) -> str:
 def settings_table() -> str:
     """One row a setting: environment variable, default and meaning."""
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
+    # The process's own first, then the cluster's and the alerts', which Settings inherits.
+    for name, field in sorted(Settings.model_fields.items(), key=lambda each: each[0] not in Settings.__annotations__):
         default = field.get_default(call_default_factory=False)
         shown = "" if default is None or field.default_factory is not None else f"`{default}`"
         rows.append(f"| `{ENV_PREFIX}{name.upper()}` | {shown} | {field.description} |")

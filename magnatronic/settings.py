@@ -9,44 +9,18 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from magnatronic.errors import WrongInputError
+from streams.settings import ENV_PREFIX, AlertSettings, ClusterSettings, variable
 
 __all__ = ["ENV_PREFIX", "LlmProvider", "Settings", "SettingsError"]
 
-ENV_PREFIX: Final = "MAGNATRONIC_"
-
 LlmProvider = Literal["extractive", "openai", "anthropic", "google"]
-
-_OWN_KAFKA_SETTINGS: Final = frozenset(
-    {
-        "bootstrap.servers",
-        "enable.auto.commit",
-        "enable.auto.offset.store",
-        "enable.idempotence",
-        "group.id",
-        "group.instance.id",
-        "isolation.level",
-        "transactional.id",
-    }
-)
-"""What exactly-once rests on; setting them from outside would break it silently."""
-
-_SECURITY_FIELDS: Final = {
-    "kafka_security_protocol": "security.protocol",
-    "kafka_sasl_mechanism": "sasl.mechanism",
-    "kafka_sasl_username": "sasl.username",
-    "kafka_sasl_password": "sasl.password",
-    "kafka_ssl_ca_location": "ssl.ca.location",
-    "kafka_ssl_certificate_location": "ssl.certificate.location",
-    "kafka_ssl_key_location": "ssl.key.location",
-    "kafka_ssl_key_password": "ssl.key.password",
-}
 
 
 class SettingsError(WrongInputError):
@@ -56,10 +30,6 @@ class SettingsError(WrongInputError):
 def _default_data_dir() -> Path:
     root = os.environ.get("XDG_DATA_HOME")
     return (Path(root) if root else Path.home() / ".local" / "share") / "magnatronic"
-
-
-def _default_replication_factor(data: Mapping[str, Any]) -> int:
-    return -1 if data.get("kafka_bootstrap_servers") else 1
 
 
 def _default_provider(data: Mapping[str, Any]) -> LlmProvider:
@@ -72,7 +42,7 @@ def _key(name: str, *usual: str) -> AliasChoices:
     return AliasChoices(f"{ENV_PREFIX.lower()}{name}", *usual)
 
 
-class Settings(BaseSettings):
+class Settings(AlertSettings, ClusterSettings):
     """All settings. Make it with :meth:`load`; fields are documented by their descriptions."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
@@ -88,33 +58,7 @@ class Settings(BaseSettings):
     )
     kafka_heap_mb: Annotated[int, Field(ge=128)] = Field(512, description="Java heap of the embedded broker, in MiB")
 
-    kafka_bootstrap_servers: str | None = Field(
-        None, description="Kafka cluster to use, `host:port,...`; unset: an embedded broker in `data_dir`"
-    )
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] | None = Field(
-        None, description="How to talk to the cluster; unset: `PLAINTEXT`"
-    )
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER"] | None = Field(
-        None, description="SASL mechanism"
-    )
-    kafka_sasl_username: str | None = Field(None, description="SASL user")
-    kafka_sasl_password: SecretStr | None = Field(None, description="SASL password")
-    kafka_ssl_ca_location: Path | None = Field(None, description="File with the CA certificates to trust")
-    kafka_ssl_certificate_location: Path | None = Field(None, description="File with the client's certificate")
-    kafka_ssl_key_location: Path | None = Field(None, description="File with the client's private key")
-    kafka_ssl_key_password: SecretStr | None = Field(None, description="Password of the private key")
-    kafka_config: dict[str, str | int | float | bool] = Field(
-        default_factory=dict, repr=False, description="More librdkafka settings for every client, as a JSON object"
-    )
     partitions: Annotated[int, Field(ge=1)] = Field(4, description="Partitions of a new topic, where it fixes none")
-    replication_factor: int = Field(
-        default_factory=_default_replication_factor,
-        description="Replicas of a new topic; by default 1 on the embedded broker and the cluster's own default "
-        "(-1) elsewhere",
-    )
-    schema_registry_url: str | None = Field(
-        None, description="Confluent-compatible schema registry to take ids from; unset: the ids in the repository"
-    )
 
     openai_api_key: SecretStr | None = Field(
         None, validation_alias=_key("openai_api_key", "openai_api_key"), description="or `OPENAI_API_KEY`"
@@ -174,45 +118,12 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         return value if value is None else value.expanduser().absolute()
 
-    @field_validator("replication_factor")
-    @classmethod
-    def _replicas(cls, value: int) -> int:
-        if value < 1 and value != -1:
-            raise ValueError("must be at least 1, or -1 for the cluster's default")
-        return value
-
-    @field_validator("kafka_config")
-    @classmethod
-    def _no_own_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = sorted(value.keys() & _OWN_KAFKA_SETTINGS)
-        if taken:
-            raise ValueError(f"must not set {', '.join(taken)}: Magnatronic does")
-        return value
-
     @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        given = [name for name in _SECURITY_FIELDS if getattr(self, name) is not None]
-        if given and self.kafka_bootstrap_servers is None:
-            raise ValueError(f"{_variable(given[0])} needs {_variable('kafka_bootstrap_servers')}")
-        protocol = self.kafka_security_protocol or "PLAINTEXT"
-        sasl = [name for name in given if "_sasl_" in name]
-        if sasl and not protocol.startswith("SASL_"):
-            raise ValueError(
-                f"{_variable(sasl[0])} needs {_variable('kafka_security_protocol')} SASL_SSL (or _PLAINTEXT)"
-            )
-        ssl = [name for name in given if "_ssl_" in name]
-        if ssl and not protocol.endswith("SSL"):
-            raise ValueError(f"{_variable(ssl[0])} needs {_variable('kafka_security_protocol')} SSL or SASL_SSL")
-        by_password = (self.kafka_sasl_mechanism or "").startswith(("PLAIN", "SCRAM"))
-        if by_password and (self.kafka_sasl_username is None or self.kafka_sasl_password is None):
-            raise ValueError(
-                f"{_variable('kafka_sasl_mechanism')} {self.kafka_sasl_mechanism} needs "
-                f"{_variable('kafka_sasl_username')} and {_variable('kafka_sasl_password')}"
-            )
+    def _provider_has_its_key(self) -> Self:
         keyless = self.llm_provider == "extractive" or (self.llm_provider == "openai" and self.openai_base_url)
         if not keyless and self.llm_api_key is None:
             raise ValueError(
-                f"{_variable('llm_provider')} {self.llm_provider} needs {_variable(f'{self.llm_provider}_api_key')}"
+                f"{variable('llm_provider')} {self.llm_provider} needs {variable(f'{self.llm_provider}_api_key')}"
             )
         return self
 
@@ -235,21 +146,12 @@ class Settings(BaseSettings):
         """
         servers = self.kafka_bootstrap_servers or bootstrap_servers
         if servers is None:
-            raise SettingsError(f"no Kafka: start the embedded broker, or set {_variable('kafka_bootstrap_servers')}")
-        config: dict[str, Any] = {"bootstrap.servers": servers}
-        for field, name in _SECURITY_FIELDS.items():
-            value = getattr(self, field)
-            if value is not None:
-                config[name] = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        return config | self.kafka_config
-
-
-def _variable(field: str) -> str:
-    return f"{ENV_PREFIX}{field.upper()}"
+            raise SettingsError(f"no Kafka: start the embedded broker, or set {variable('kafka_bootstrap_servers')}")
+        return self.librdkafka_config(servers)
 
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
-    known = {_variable(field) for field in Settings.model_fields}
+    known = {variable(field) for field in Settings.model_fields}
     for name in environment:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             close = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.5)
