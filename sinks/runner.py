@@ -58,6 +58,7 @@ _CONSUMER: Final[Mapping[str, Any]] = {
 }
 
 _ENDS_BACKOFF_S: Final = 0.1
+_BACKLOG_S: Final = 1.0
 
 _STAYS: Final = frozenset(
     {
@@ -85,7 +86,8 @@ class SinkRunner:
     ``kafka`` holds librdkafka settings (``bootstrap.servers``, security). ``group`` is the consumer group, by default
     ``sink-<name>``; ``instance`` makes it a static member ``<group>-<instance>``, which takes its place again at once
     after a crash. A batch is written when it holds ``batch_size`` records or ``batch_bytes`` bytes, or ``linger_s``
-    seconds after its first record. ``on_error`` is called, from the runner's thread, when it stops by an error.
+    seconds after its first record. From the runner's thread ``on_batch`` is called with the records and seconds of each
+    write, ``on_error`` when it stops by an error.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class SinkRunner:
         batch_bytes: int = 8 * 1024 * 1024,
         linger_s: float = 0.3,
         backoff_s: tuple[float, float] = (0.1, 5.0),
+        on_batch: Callable[[int, float], None] | None = None,
         on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.sink = sink
@@ -111,6 +114,7 @@ class SinkRunner:
         self._batch_bytes = batch_bytes
         self._linger_s = linger_s
         self._backoff_s = backoff_s
+        self._on_batch = on_batch
         self._on_error = on_error
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -121,6 +125,8 @@ class SinkRunner:
         self._written: dict[Place, int] = {}
         self._assigned: frozenset[Place] | None = None
         self._records = 0
+        self._backlog = 0
+        self._trouble: tuple[float, str] | None = None
         self._admin: AdminClient | None = None
         # The rest belongs to the runner's thread.
         self._consumer: Consumer | None = None
@@ -130,6 +136,7 @@ class SinkRunner:
         self._since = 0.0
         self._average = 1_000.0
         self._holding = False
+        self._looked_at = 0.0
 
     @property
     def error(self) -> BaseException | None:
@@ -140,6 +147,22 @@ class SinkRunner:
     def records_written(self) -> int:
         """How many records the sink has taken since the start."""
         return self._records
+
+    @property
+    def partitions(self) -> int | None:
+        """How many partitions it has; None before it is a member of its group, or after it lost them all."""
+        assigned = self._assigned
+        return None if assigned is None else len(assigned)
+
+    @property
+    def backlog(self) -> int:
+        """How many offsets were still to be written, as of the last second; unlike :meth:`lag` it asks nobody."""
+        return self._backlog
+
+    @property
+    def trouble(self) -> tuple[float, str] | None:
+        """What the store has failed with, and since when (``time.monotonic()``); None while it works."""
+        return self._trouble
 
     def start(self) -> None:
         """Start the thread. The store is opened there; :meth:`wait_caught_up` or :attr:`error` tell how it went."""
@@ -277,6 +300,7 @@ class SinkRunner:
                 self._take(self._poll(self._patience()))
                 if self._due():
                     self._flush()
+                self._measure_backlog()
             self._flush()
         except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise to; callers find it in `error`
             self._fail(error)
@@ -387,7 +411,7 @@ class SinkRunner:
         if not self._moved:
             return
         # What is written is looked up at each try: while a store is down, partitions can be taken away.
-        self._patiently(lambda: self.sink.write(self._batch, dict(self._moved)))
+        self._patiently(self._write)
         moved, self._moved = self._moved, {}
         count = len(self._batch)
         self._batch, self._bytes = [], 0
@@ -402,6 +426,24 @@ class SinkRunner:
             except KafkaException as error:
                 _log.info("sink %s: the group's offsets were not committed: %s", self.sink.name, error.args[0].str())
 
+    def _write(self) -> None:
+        started = time.monotonic()
+        self.sink.write(self._batch, dict(self._moved))
+        if self._on_batch is not None:
+            self._on_batch(len(self._batch), time.monotonic() - started)
+
+    def _measure_backlog(self) -> None:
+        now = time.monotonic()
+        if self._consumer is None or now - self._looked_at < _BACKLOG_S:
+            return
+        self._looked_at = now
+        backlog = 0
+        for place in self._assigned or ():
+            # What the last fetch said, without asking: the end is -1001 before the first.
+            _, high = self._consumer.get_watermark_offsets(TopicPartition(*place), cached=True)
+            backlog += max(0, high - self._position(place))
+        self._backlog = backlog
+
     def _patiently(self, work: Callable[[], None]) -> None:
         """Do ``work``, again and again while its errors say that this may help, keeping the place in the group."""
         wait, longest = self._backoff_s
@@ -412,9 +454,11 @@ class SinkRunner:
                 if not error.retryable or time.monotonic() >= self._give_up_at:
                     raise
                 _log.warning("sink %s: %s; next try in %.1f s", self.sink.name, error, wait)
+                self._trouble = (time.monotonic() if self._trouble is None else self._trouble[0], str(error))
                 self._hold(wait * random.uniform(0.8, 1.2))
                 wait = min(2 * wait, longest)
             else:
+                self._trouble = None
                 break
         if self._holding:
             self._holding = False
@@ -448,10 +492,12 @@ class SinkRunner:
         while True:  # not _patiently: a callback of the consumer must not poll it
             try:
                 ask()
+                self._trouble = None
                 break
             except SinkError as error:
                 if not error.retryable or self._stopping.is_set():
                     raise
+                self._trouble = (time.monotonic() if self._trouble is None else self._trouble[0], str(error))
                 _log.warning("sink %s: %s; next try in %.1f s", self.sink.name, error, wait)
                 self._stopping.wait(wait)
                 wait = min(2 * wait, longest)
@@ -478,7 +524,7 @@ class SinkRunner:
         self._on_lost(consumer, partitions)
 
     def _flush_once(self) -> None:
-        self.sink.write(self._batch, dict(self._moved))
+        self._write()
         with self._changed:
             self._written.update(self._moved)
             self._records += len(self._batch)
