@@ -58,6 +58,16 @@ class Settings(AlertSettings, ClusterSettings):
     )
     kafka_heap_mb: Annotated[int, Field(ge=128)] = Field(512, description="Java heap of the embedded broker, in MiB")
 
+    metrics_host: str = Field("127.0.0.1", description="Address to serve `/metrics`, `/live` and `/ready` on")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] = Field(
+        0, description="Their port; 0: a free one, which `magnatronic status` shows; `off`: they are not served"
+    )
+    stalled_after_s: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Seconds after which a partition that does not get past an event makes its process unready; unset: "
+        "the time limit of the agent's calls, and half a minute",
+    )
+
     partitions: Annotated[int, Field(ge=1)] = Field(4, description="Partitions of a new topic, where it fixes none")
 
     openai_api_key: SecretStr | None = Field(
@@ -131,6 +141,11 @@ class Settings(AlertSettings, ClusterSettings):
     def embedded_kafka(self) -> bool:
         """Whether Kafka is the embedded broker."""
         return self.kafka_bootstrap_servers is None
+
+    @property
+    def metrics_port_or_none(self) -> int | None:
+        """The port to serve metrics on, None where they are off."""
+        return None if self.metrics_port == "off" else self.metrics_port
 
     @property
     def llm_api_key(self) -> SecretStr | None:

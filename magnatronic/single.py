@@ -14,6 +14,7 @@ from magnatronic.broker.topics import ensure_topics
 from magnatronic.discovery import FoundSystem
 from magnatronic.errors import PartFailedError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.observing import Observer
 from magnatronic.roles import SINK_ROLES, Workbench, agents_of, instance_name, ready_codec
 from magnatronic.system import first_of
 from sinks.runner import SinkRunner
@@ -46,6 +47,9 @@ class SingleRole:
         self._kafka: dict[str, Any] = {**found.kafka, "logger": KAFKA_LOGGER}
         self._found = found
         self._workbench = Workbench(self.settings)
+        self._observer = Observer(
+            host=self.settings.metrics_host, port=self.settings.metrics_port_or_none, instance=slot
+        )
         self._runner: Runner | None = None
         self._sink: SinkRunner | None = None
         self._work: asyncio.Task[None] | None = None
@@ -71,6 +75,7 @@ class SingleRole:
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
         try:
+            await self._observer.start()
             codec = await asyncio.to_thread(ready_codec, self.settings)
             if not self.settings.embedded_kafka:
                 await asyncio.to_thread(
@@ -79,13 +84,16 @@ class SingleRole:
                     partitions=self.settings.partitions,
                     replication_factor=self.settings.replication_factor,
                 )
+            self._observer.watch_kafka(self._kafka)
             if self.role in SINK_ROLES:
                 sink = await asyncio.to_thread(self._workbench.sink, self.role)
-                self._sink = SinkRunner(
+                watched = self._observer.watch_sink(self.role)
+                self._sink = watched.runner = SinkRunner(
                     sink,
                     codec=codec,
                     kafka=self._kafka,
                     instance=self.slot,
+                    on_batch=watched.on_batch,
                     on_error=self._failed_elsewhere(loop),
                 )
                 self._sink.start()
@@ -93,11 +101,18 @@ class SingleRole:
             else:
                 ports = await asyncio.to_thread(self._workbench.ports, self._agents)
                 self._runner = Runner(
-                    self._workbench.bindings(self._agents), codec=codec, kafka=self._kafka, ports=ports, slot=self.slot
+                    self._workbench.bindings(self._agents),
+                    codec=codec,
+                    kafka=self._kafka,
+                    ports=ports,
+                    slot=self.slot,
+                    stalled_after_s=self.settings.stalled_after_s,
                 )
+                self._observer.watch_agents(self._runner)
                 self._work = loop.create_task(self._runner.run())
                 self._work.add_done_callback(self._ended)
                 await self._wait_ready(self._runner)
+            self._observer.started()
         except BaseException:
             await self.stop()
             raise
@@ -131,6 +146,11 @@ class SingleRole:
         failure.__cause__ = error
         return failure
 
+    @property
+    def metrics(self) -> str | None:
+        """Where its metrics are served."""
+        return self._observer.url
+
     async def until(self, stop: asyncio.Event) -> PartFailedError | None:
         """Wait until ``stop`` is set, or the role fails; the failure."""
         assert self._failure is not None
@@ -146,5 +166,6 @@ class SingleRole:
         if self._sink is not None:
             await asyncio.to_thread(self._sink.stop)
         await asyncio.to_thread(self._workbench.close)
+        await self._observer.stop()
         if self._lock is not None:
             self._lock.release()

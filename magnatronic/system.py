@@ -24,6 +24,7 @@ from magnatronic.broker.topics import ensure_topics
 from magnatronic.control import ControlServer, socket_path
 from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError
 from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.observing import Observer
 from magnatronic.queries import answer_query
 from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench, instance_name, ready_codec
 from magnatronic.settings import Settings
@@ -54,6 +55,7 @@ class SystemInfo:
     clickhouse: str
     milvus: str
     embedding_model: str
+    metrics: str | None
     broker_pid: int | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,6 +70,7 @@ class SystemInfo:
             "clickhouse": self.clickhouse,
             "milvus": self.milvus,
             "embedding_model": self.embedding_model,
+            "metrics": self.metrics,
             "pid": os.getpid(),
             "broker_pid": self.broker_pid,
         }
@@ -85,6 +88,7 @@ class System:
         self._lock = FolderLock(settings.data_dir)
         self._broker: EmbeddedBroker | None = None
         self._workbench = Workbench(settings)
+        self._observer = Observer(host=settings.metrics_host, port=settings.metrics_port_or_none, instance=_SLOT)
         self._control: ControlServer | None = None
         self._agents: Runner | None = None
         self._sinks: dict[str, SinkRunner] = {}
@@ -112,6 +116,7 @@ class System:
     async def _start(self) -> SystemInfo:
         loop = asyncio.get_running_loop()
         self.failure = loop.create_future()
+        await self._observer.start()
         self._tell("Kafka, the stores and the embedding model")
         # The JVM takes two seconds to come up; models and stores open meanwhile.
         kafka, codec, _ = await asyncio.gather(
@@ -120,6 +125,7 @@ class System:
             asyncio.to_thread(self._open_stores),
         )
         self.kafka = kafka
+        self._observer.watch_kafka(kafka)
         self._tell("agents and sinks")
         for role in SINK_ROLES:
             self._start_sink(role, codec, loop)
@@ -129,11 +135,14 @@ class System:
             kafka=kafka,
             ports=self._ports(),
             slot=_SLOT,
+            stalled_after_s=self.settings.stalled_after_s,
         )
+        self._observer.watch_agents(self._agents)
         self._watch("agents", self._agents.run())
         if self._broker is not None:
             self._watch("the broker", self._watch_broker(self._broker))
         await self._wait_ready()
+        self._observer.started()
         self._control = ControlServer(
             socket_path(self.settings.data_dir),
             {"status": self._status, "query": self._query, "catch_up": self._catch_up},
@@ -185,8 +194,16 @@ class System:
         def failed(error: BaseException) -> None:
             loop.call_soon_threadsafe(self._fail, role, error)
 
-        runner = SinkRunner(self._workbench.sink(role), codec=codec, kafka=self.kafka, instance=_SLOT, on_error=failed)
-        self._sinks[role] = runner
+        watched = self._observer.watch_sink(role)
+        runner = SinkRunner(
+            self._workbench.sink(role),
+            codec=codec,
+            kafka=self.kafka,
+            instance=_SLOT,
+            on_batch=watched.on_batch,
+            on_error=failed,
+        )
+        self._sinks[role] = watched.runner = runner
         runner.start()
 
     def _watch(self, name: str, work: Any) -> None:
@@ -240,14 +257,17 @@ class System:
             clickhouse="a server" if settings.clickhouse_url else str(settings.data_dir / "clickhouse"),
             milvus=settings.milvus_uri or str(settings.data_dir / "milvus.db"),
             embedding_model=f"{model.model} ({model.version})",
+            metrics=self._observer.url,
             broker_pid=None if self._broker is None else self._broker.pid,
         )
 
     async def _status(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        causes = self._observer.causes()
         return {
             **self.info().as_dict(),
             "uptime_s": round(time.monotonic() - self._started_at, 1),
-            "ready": self._agents is not None and self._agents.ready,
+            "ready": not causes,
+            "causes": [cause.as_dict() for cause in causes],
             "agents": [] if self._agents is None else sorted(self._agents.processors),
             "sinks": {role: {"records": runner.records_written} for role, runner in self._sinks.items()},
         }
@@ -287,6 +307,7 @@ class System:
             if error is not None:
                 _LOGGER.error("a sink did not stop cleanly: %s", error)
         await asyncio.to_thread(self._workbench.close)
+        await self._observer.stop()
         if self._broker is not None:
             await asyncio.to_thread(self._broker.stop)
         self._lock.release()

@@ -37,7 +37,7 @@ class Runner:
     A processor that stops with a retryable error (Kafka or the registry away) is started again with backoff. So is one
     that was fenced: the machine slept, or a transaction timed out while the broker was away. Fenced again within a
     minute it has a rival with the same slot. That, and any other error, stops them all, gracefully, and is raised by
-    :meth:`run`.
+    :meth:`run`. ``stalled_after_s`` is :class:`~streams.readiness.Readiness`'s.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Runner:
         commit_interval_s: float = 0.0,
         drain_timeout_s: float = 10.0,
         telemetry: bool = True,
+        stalled_after_s: float | None = None,
     ) -> None:
         self._bindings = tuple(bindings)
         self._codec = codec
@@ -60,6 +61,7 @@ class Runner:
         self._commit_interval_s = commit_interval_s
         self._drain_timeout_s = drain_timeout_s
         self._telemetry = telemetry
+        self._stalled_after_s = stalled_after_s
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
         self._cancelled = CancelledSteps()
@@ -123,7 +125,7 @@ class Runner:
                 drain_timeout_s=self._drain_timeout_s,
                 cancelled=self._cancelled,
             )
-            self.readiness[binding.agent.name] = Readiness(processor)
+            self.readiness[binding.agent.name] = Readiness(processor, stalled_after_s=self._stalled_after_s)
             started = time.monotonic()
             try:
                 await processor.run()

@@ -29,9 +29,9 @@ APICURIO = Artifact(
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the settings nor the API keys of whoever runs the tests reach them: no test calls a paid service."""
+    """Neither settings nor API keys of whoever runs the tests reach them: no test pays for a call or exports traces."""
     for name in os.environ:
-        if name.startswith("MAGNATRONIC_") or name.endswith(("OPENAI_API_KEY", "ANTHROPIC_API_KEY")):
+        if name.startswith(("MAGNATRONIC_", "OTEL_")) or name.endswith(("OPENAI_API_KEY", "ANTHROPIC_API_KEY")):
             monkeypatch.delenv(name)
     for name in ("OPENAI_BASE_URL", "GOOGLE_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "submit": ("magnatronic.cli.work", "Submit a task; prints its id."),
     "ask": ("magnatronic.cli.work", "Submit a question, follow it live, print the answer with citations."),
     "watch": ("magnatronic.cli.work", "Show events as they happen, one line each."),
+    "status": ("magnatronic.cli.inspect", "Show whether the running system is ready and, if not, what it waits for."),
     "query": ("magnatronic.cli.inspect", "Ask ClickHouse: SQL over every event, step, token and dollar."),
     "topics": ("magnatronic.cli.inspect", "Show the topics as they are on the cluster."),
     "dlq": ("magnatronic.cli.dlq", "Dead letters: list them, look into them, send them again, give them up."),

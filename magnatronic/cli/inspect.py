@@ -1,4 +1,4 @@
-"""Commands that look at what happened: query, topics, replay.
+"""Commands that look at what happens and happened: status, query, topics, replay.
 
 In: SQL, or a task's id. Out: tables. SQL goes to the ClickHouse server that the settings name, or over the socket to
 the process that has the embedded one open; topics and replay read Kafka themselves.
@@ -15,7 +15,43 @@ from magnatronic.errors import UnknownTaskError, WrongInputError
 if TYPE_CHECKING:
     from replay.task import ReplayReport
 
-__all__ = ["print_replay", "query", "replay", "run_query", "topics"]
+__all__ = ["print_replay", "query", "replay", "run_query", "status", "topics"]
+
+
+@click.command()
+@common_options
+def status(*, data_dir: Path | None, out: Output) -> int:
+    """Show where the running system's parts are, and whether they are ready; if not, what they wait for.
+
+    Ends with 0 when all are ready, with 1 when one is not.
+    """
+    from magnatronic.control import call
+
+    found: dict[str, Any] = call(load_settings(data_dir).data_dir, "status")
+    if out.as_json:
+        out.json(found)
+        return 0 if found["ready"] else 1
+    broker = f"{found['bootstrap_servers']}" + (f" (process {found['broker_pid']})" if found["embedded"] else "")
+    sinks = ", ".join(f"{role} ({sink['records']} records)" for role, sink in found["sinks"].items())
+    out.table(
+        ("part", "where"),
+        [
+            ("process", f"{found['pid']}, up for {found['uptime_s']:.0f} s"),
+            ("Kafka", broker),
+            ("data", found["data_dir"]),
+            ("logs", found["logs"]),
+            ("metrics", f"{found['metrics']}/metrics" if found["metrics"] else "off"),
+            ("agents", ", ".join(found["agents"])),
+            ("sinks", sinks),
+        ],
+    )
+    if found["ready"]:
+        out.console.print("ready")
+        return 0
+    out.console.print("NOT ready")
+    for cause in found["causes"]:
+        out.console.print(f"  {cause['kind']}: {cause['message']}", markup=False)
+    return 1
 
 
 @click.command()

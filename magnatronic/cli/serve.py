@@ -67,6 +67,7 @@ def _say_where(info: "SystemInfo", out: Output) -> None:
         ("embeddings", info.embedding_model),
         ("socket", info.socket),
         ("logs", info.logs),
+        ("metrics", info.metrics or "off"),
     ):
         click.echo(f"{name:<16}{value}")
     click.echo('ready; try: magnatronic ask "…"   (Ctrl-C stops it)')
@@ -95,9 +96,9 @@ def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> i
     async def serve(stop: asyncio.Event) -> int:
         await single.start()
         if out.as_json:
-            out.json({"event": "ready", "role": role, "slot": single.slot})
+            out.json({"event": "ready", "role": role, "slot": single.slot, "metrics": single.metrics})
         else:
-            click.echo(f"{single.slot} is ready (Ctrl-C stops it)")
+            click.echo(f"{single.slot} is ready; metrics: {single.metrics or 'off'} (Ctrl-C stops it)")
         failure = await single.until(stop)
         await single.stop()
         if failure is not None:
