@@ -1,49 +1,60 @@
-"""The consumer's thread: fetches batches, serves rebalances, and never lets the group think that it is gone.
+"""The consumer's thread: fetches, serves rebalances, and never lets the group think that it is gone.
 
-In: a consumer's settings and topics. Out: calls of a :class:`FetchListener`, batches on the event loop's thread, in
-order. The loop never blocks on Kafka, and Kafka's callbacks never touch the loop's data.
+In: a consumer's settings and topics. Out: calls of a :class:`FetchListener`, batches on the event loop's thread, those
+of a partition in order, urgent ones first. The loop never blocks on Kafka, and Kafka's callbacks never touch the loop's
+data; the thread polls on whatever the loop does, except while partitions are given up, which has a bound.
+
+An assignment is accepted at once, with nothing to fetch, and its partitions are added when they are restored. So a
+restore of minutes delays no other partition and no other member, and max.poll.interval.ms has nothing to do with it.
 """
 
 import asyncio
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from streams.backlog import Backlog
+from streams.dispatch import rank_of
 from streams.errors import ClusterError, FencedError, MissingTopicError, ProcessorError
+from streams.handover import FetchListener, Handover, Place
 
 __all__ = ["FetchListener", "Fetcher"]
 
 _POLL_S: Final = 0.2
+_BUSY_POLL_S: Final = 0.01
+"""Nothing wakes a poll but a message, so it is short while something else may happen soon: a restore is through, a
+paused partition may go on."""
 _BATCH: Final = 500
-_PAUSE_AFTER_S: Final = 1.0
+_CHUNK: Final = 128
+"""Messages handed out at a time: a few milliseconds of the loop's work, which an urgent message may have to wait."""
+_PAUSE_AFTER_S: Final = 0.5
+_REVOKE_S: Final = 15.0
+
+_FATAL: Final = frozenset(
+    {
+        KafkaError._FATAL,
+        KafkaError._FENCED,
+        KafkaError.FENCED_INSTANCE_ID,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError._UNKNOWN_TOPIC,
+    }
+)
 
 log = logging.getLogger(__name__)
-
-
-class FetchListener(Protocol):
-    """Who gets what is fetched."""
-
-    def received(self, messages: Sequence[Message]) -> None:
-        """A batch; on the event loop's thread."""
-
-    def prepare(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> Sequence[Any]:
-        """Make ready to own ``partitions``, on the consumer's thread; it may block. Returns what ``assigned`` gets."""
-
-    async def assigned(self, prepared: Sequence[Any]) -> list[TopicPartition]:
-        """The partitions are ours now; returns them with the offset to start at."""
-
-    async def revoked(self, partitions: Sequence[tuple[str, int]], *, lost: bool) -> None:
-        """The partitions go to somebody else when this returns; with ``lost`` they already have."""
 
 
 class Fetcher:
     """Runs a consumer in a thread.
 
-    At most ``max_in_flight`` messages are handed out and not yet given back by :meth:`settle`. When nothing is given
-    back for a while the partitions are paused and polling goes on, so that max.poll.interval.ms never passes.
+    At most ``max_in_flight`` messages are handed out and not yet given back by :meth:`settle`, and of low and normal
+    rank fewer (:func:`streams.dispatch.shares`). Behind them a bounded backlog waits; a rank whose backlog is full is
+    paused while the others are fetched on. ``revoke_timeout_s`` bounds the listener's ``revoked``: a loop that is
+    stuck for longer has lost the partitions.
     """
 
     def __init__(
@@ -53,20 +64,35 @@ class Fetcher:
         listener: FetchListener,
         *,
         max_in_flight: int,
+        revoke_timeout_s: float = _REVOKE_S,
     ) -> None:
         self._name: str = settings["client.id"]
         self._topics = list(topics)
+        self._ranks = {topic: rank_of(topic) for topic in topics}
+        self._only = next(iter(self._ranks.values()))
+        self._alone = len(set(self._ranks.values())) == 1
         self._listener = listener
-        self._max_in_flight = max_in_flight
-        self._low_water = max_in_flight * 3 // 4
         self._loop = asyncio.get_running_loop()
-        # Each is written by one thread only: the number handed out by the consumer's, the number settled by the loop's.
-        self._handed_out = 0
-        self._settled = 0
-        self._room = threading.Event()
-        self._room.set()
+        self._backlog = Backlog(max_in_flight, self._ranks)
+        self._handover = Handover(
+            self._name,
+            listener,
+            self._loop,
+            timeout_s=revoke_timeout_s,
+            done=self._wake_up,
+            discard=self._backlog.discard,
+        )
+        self._batch = max(1, min(_BATCH, max_in_flight))
+        self._delivering = False
+        self._sated = False
+        self._wake = threading.Event()
         self._stopping = threading.Event()
         self._draining = threading.Event()
+        # What the consumer has to fetch, and of that what is paused: for the consumer's thread alone.
+        self._assigned: dict[Place, TopicPartition] = {}
+        self._paused: set[Place] = set()
+        self._taken_away = False
+        self._patient = True
         # The client's handle must not be used while close() frees it. Within close() the last revocation still needs
         # it, and holds close() up for as long.
         self._alive = threading.Lock()
@@ -79,22 +105,28 @@ class Fetcher:
     @property
     def in_flight(self) -> int:
         """Messages handed out and not settled."""
-        return self._handed_out - self._settled
+        return self._backlog.in_flight
+
+    @property
+    def restoring(self) -> list[Place]:
+        """The partitions that are assigned but still being restored."""
+        return self._handover.restoring
 
     def start(self) -> None:
         """Subscribe and begin."""
         self._thread.start()
 
-    def settle(self, count: int) -> None:
-        """``count`` messages are done with; to be called on the event loop's thread."""
-        self._settled += count
-        if not self._room.is_set() and self._handed_out - self._settled <= self._low_water:
-            self._room.set()
+    def settle(self, count: int, rank: int) -> None:
+        """``count`` messages of ``rank`` are done with; to be called on the event loop's thread."""
+        self._backlog.settle(count, rank)
+        if len(self._backlog) and not self._delivering:
+            self._delivering = True
+            self._loop.call_soon(self._deliver)
 
     def drain(self) -> None:
-        """Fetch nothing more, but stay in the group."""
+        """Fetch and hand out nothing more, but stay in the group."""
         self._draining.set()
-        self._room.set()
+        self._wake_up()
 
     def stop(self) -> None:
         """Leave; ``finished`` is done when the consumer is closed."""
@@ -102,17 +134,19 @@ class Fetcher:
         self.drain()
 
     def group_metadata(self) -> Any | None:
-        """The group metadata for a transaction, None while this consumer is no member of its group.
+        """The group metadata for a transaction, None while this consumer is no member of its group, or may be one
+        again whose listener has not heard yet what it lost.
 
         The member id is asked for second: had the membership been lost before the metadata was read, it would be empty,
         because only the listener's ``revoked``, which needs the loop's thread too, lets the consumer join again. A
-        transaction with the metadata of no member would not be fenced.
+        transaction with the metadata of no member would not be fenced. Where ``revoked`` took too long the consumer
+        does join again; that is known before it does, so it is asked last.
         """
         with self._alive:
             if self._closing and not self._rebalancing:
                 return None
             metadata = self._consumer.consumer_group_metadata()
-            return metadata if self._consumer.memberid() else None
+            return metadata if self._consumer.memberid() and not self._handover.unsettled else None
 
     def high_watermark(self, topic: str, partition: int) -> int:
         """The partition's end as of the latest fetch; negative when nothing was fetched yet."""
@@ -122,23 +156,26 @@ class Fetcher:
             _, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
             return int(high)
 
-    def _main(self) -> None:
-        error: Exception | None = None
-        try:
-            self._consumer.subscribe(
-                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-            )
-            while not self._stopping.is_set():
-                self._fetch()
-        except Exception as caught:  # noqa: BLE001 - handed over to the loop's thread
-            error = caught
-        with self._alive:
-            self._closing = True
-        try:
-            self._consumer.close()
-        except Exception as caught:  # noqa: BLE001 - the same
-            error = error or caught
-        self._loop.call_soon_threadsafe(self._finish, error)
+    # The event loop's thread.
+
+    def _deliver(self) -> None:
+        self._delivering = False
+        if self._draining.is_set():
+            return
+        messages = self._backlog.take(_CHUNK)
+        if not messages:
+            return
+        self._listener.received(messages)
+        if self._sated and not self._backlog.full(self._only):
+            self._wake.set()
+        if len(self._backlog):
+            # In the loop's next turn, so that what these messages need is done in between.
+            self._delivering = True
+            self._loop.call_soon(self._deliver)
+
+    def _fetched(self) -> None:
+        if not self._delivering:
+            self._deliver()
 
     def _finish(self, error: Exception | None) -> None:
         if self.finished.done():
@@ -150,61 +187,92 @@ class Fetcher:
         else:
             self.finished.set_exception(error)
 
-    def _fetch(self) -> None:
-        if self._draining.is_set() or not self._has_room():
-            self._wait_paused()
-            return
+    # The consumer's thread.
+
+    def _wake_up(self) -> None:
+        self._wake.set()
+
+    def _main(self) -> None:
+        error: Exception | None = None
+        try:
+            self._consumer.subscribe(
+                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            while not self._stopping.is_set():
+                self._add_ready()
+                self._steer()
+                self._take_in(self._next())
+        except Exception as caught:  # noqa: BLE001 - handed over to the loop's thread
+            error = caught
+        with self._alive:
+            self._closing = True
+        try:
+            self._handover.end()
+            self._consumer.close()
+        except Exception as caught:  # noqa: BLE001 - the same
+            error = error or caught
+        self._loop.call_soon_threadsafe(self._finish, error)
+
+    def _add_ready(self) -> None:
+        placed = self._handover.ready()
+        if placed:
+            self._consumer.incremental_assign(placed)
+            self._assigned.update({(at.topic, at.partition): at for at in placed})
+
+    def _steer(self) -> None:
+        """Pause what is not to be fetched now, resume what is: all of it is decided here."""
+        if self._draining.is_set():
+            closed = set(self._ranks.values())
+        elif self._alone:
+            # Pausing throws away what the client has fetched, so a busy processor's short waits are left to its queue.
+            # That won't do where messages of another rank stand behind.
+            self._patient = self._patient or not self._backlog.full(self._only)
+            closed = set() if self._patient else {self._only}
+        else:
+            closed = {rank for rank in set(self._ranks.values()) if self._backlog.full(rank)}
+        wanted = {place for place in self._assigned if self._ranks[place[0]] in closed} if closed else set()
+        if wanted != self._paused:
+            self._consumer.resume([TopicPartition(*place) for place in self._paused - wanted])
+            self._consumer.pause([TopicPartition(*place) for place in wanted - self._paused])
+            self._paused = wanted
+
+    def _next(self) -> list[Message]:
+        """What there is to be had, after a wait when there is nothing."""
+        if self._alone and self._patient and self._backlog.full(self._only):
+            self._wake.clear()
+            self._sated = True
+            if self._backlog.full(self._only) and not self._draining.is_set():
+                self._patient = self._wake.wait(_PAUSE_AFTER_S)
+            self._sated = False
+            return []
         # consume() waits until it has all that it was asked for; so wait for one, then take what else is there.
-        first = self._consumer.poll(_POLL_S)
-        if first is None:
-            return
-        self._hand_out([first, *self._consumer.consume(_BATCH - 1, 0)])
+        first = self._consumer.poll(_BUSY_POLL_S if self._paused or self._handover.restoring else _POLL_S)
+        messages = [] if first is None else [first, *self._consumer.consume(self._batch - 1, 0)]
+        if self._taken_away:
+            # One call may fetch messages and then serve the revocation of their partition.
+            self._taken_away = False
+            messages = [one for one in messages if one.error() or (one.topic(), one.partition()) in self._assigned]
+        return messages
 
-    def _has_room(self) -> bool:
-        if self._handed_out - self._settled < self._max_in_flight:
-            return True
-        self._room.clear()
-        if self._handed_out - self._settled <= self._low_water:
-            return True
-        # Pausing throws away what was prefetched, so it is not done for the short waits of a busy processor.
-        return self._room.wait(_PAUSE_AFTER_S) and not self._draining.is_set()
-
-    def _wait_paused(self) -> None:
-        paused = self._consumer.assignment()
-        self._consumer.pause(paused)
-        while not self._stopping.is_set() and (self._draining.is_set() or not self._room.is_set()):
-            message = self._consumer.poll(_POLL_S / 4)
-            if message is not None:
-                self._hand_out([message])  # of a partition assigned meanwhile
-        if not self._stopping.is_set():
-            self._consumer.resume(self._consumer.assignment())
-
-    def _hand_out(self, messages: list[Message]) -> None:
+    def _take_in(self, messages: list[Message]) -> None:
         good = []
         for message in messages:
             error = message.error()
             if error is None:
                 good.append(message)
-            elif error.code() in (
-                KafkaError._FATAL,
-                KafkaError._FENCED,
-                KafkaError.FENCED_INSTANCE_ID,
-                KafkaError.UNKNOWN_TOPIC_OR_PART,
-                KafkaError.TOPIC_AUTHORIZATION_FAILED,
-                KafkaError.GROUP_AUTHORIZATION_FAILED,
-                KafkaError._UNKNOWN_TOPIC,
-            ):
+            elif error.code() in _FATAL:
                 raise _meaning(self._name, error)
             else:
                 log.warning("%s: %s", self._name, error.str())
         if good:
-            self._handed_out += len(good)
-            self._loop.call_soon_threadsafe(self._listener.received, good)
+            self._backlog.add(good)
+            self._loop.call_soon_threadsafe(self._fetched)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        prepared = self._listener.prepare(consumer, partitions)
-        placed = asyncio.run_coroutine_threadsafe(self._listener.assigned(prepared), self._loop).result()
-        consumer.incremental_assign(placed)
+        # Accepted, but nothing to be fetched yet.
+        consumer.incremental_assign([])
+        if not self._draining.is_set():
+            self._handover.begin(consumer, [(at.topic, at.partition) for at in partitions])
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._give_up(consumer, partitions, lost=False)
@@ -214,13 +282,18 @@ class Fetcher:
 
     def _give_up(self, consumer: Consumer, partitions: list[TopicPartition], *, lost: bool) -> None:
         places = [(partition.topic, partition.partition) for partition in partitions]
-        self._rebalancing = True
+        self._rebalancing = self._taken_away = True
         try:
-            asyncio.run_coroutine_threadsafe(self._listener.revoked(places, lost=lost), self._loop).result()
+            self._handover.give_up(consumer, places, lost=lost)
         finally:
             with self._alive:
                 self._rebalancing = False
-        consumer.incremental_unassign(partitions)
+        # Those that were still being restored were never added.
+        ours = [self._assigned.pop(place) for place in places if place in self._assigned]
+        if paused := self._paused.intersection(places):
+            consumer.resume([TopicPartition(*place) for place in paused])
+            self._paused -= paused
+        consumer.incremental_unassign(ours)
 
 
 def _meaning(name: str, error: KafkaError) -> ProcessorError:
