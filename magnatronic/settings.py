@@ -68,6 +68,17 @@ class Settings(AlertSettings, ClusterSettings):
         "the time limit of the agent's calls, and half a minute",
     )
 
+    loop_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        60.0,
+        description="Seconds that the event loop of `up` and `run` may stand still until the process is ended with all "
+        "stacks on standard error and exit code 154; 0 for ever",
+    )
+    memory_limit_mb: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Memory that the process of `up` and `run` may hold until it is ended the same way, in MiB; unset: "
+        "four fifths of the machine's, or of its control group's; 0: any",
+    )
+
     partitions: Annotated[int, Field(ge=1)] = Field(4, description="Partitions of a new topic, where it fixes none")
 
     openai_api_key: SecretStr | None = Field(

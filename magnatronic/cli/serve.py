@@ -7,16 +7,20 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from magnatronic.cli.options import Output, common_options, load_settings
 
 if TYPE_CHECKING:
+    from magnatronic.settings import Settings
     from magnatronic.system import SystemInfo
 
 __all__ = ["run", "up"]
+
+_MEMORY_SHARE: Final = 0.8
+"""Of the memory that is there: the kernel ends whichever process it likes when there is none left."""
 
 
 @click.command()
@@ -50,7 +54,7 @@ def up(*, data_dir: Path | None, out: Output) -> int:
             raise failure
         return 0
 
-    return _until_signalled(serve)
+    return _until_signalled(serve, settings)
 
 
 def _say_where(info: "SystemInfo", out: Output) -> None:
@@ -105,12 +109,15 @@ def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> i
             raise failure
         return 0
 
-    return _until_signalled(serve)
+    return _until_signalled(serve, settings)
 
 
-def _until_signalled(serve: Callable[[asyncio.Event], Awaitable[int]]) -> int:
-    """Run ``serve`` on an event loop, with an event that SIGINT and SIGTERM set; a second SIGINT interrupts it."""
+def _until_signalled(serve: Callable[[asyncio.Event], Awaitable[int]], settings: "Settings") -> int:
+    """Run ``serve`` on an event loop, watched from outside, with an event that SIGINT and SIGTERM set; a second SIGINT
+    interrupts it.
+    """
     from magnatronic.system import new_event_loop
+    from streams.watchdog import Watchdog, memory_there_mib
 
     received: list[int] = []
 
@@ -128,7 +135,11 @@ def _until_signalled(serve: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, signalled, number)
-        return await serve(stop)
+        limit_mib = settings.memory_limit_mb
+        if limit_mib is None:
+            limit_mib = int(memory_there_mib() * _MEMORY_SHARE)
+        with Watchdog(loop_timeout_s=settings.loop_timeout_s, memory_limit_mib=limit_mib):
+            return await serve(stop)
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
