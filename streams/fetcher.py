@@ -91,6 +91,7 @@ class Fetcher:
         # What the consumer has to fetch, and of that what is paused: for the consumer's thread alone.
         self._assigned: dict[Place, TopicPartition] = {}
         self._paused: set[Place] = set()
+        self._held: frozenset[Place] = frozenset()
         self._taken_away = False
         self._patient = True
         # The client's handle must not be used while close() frees it. Within close() the last revocation still needs
@@ -122,6 +123,10 @@ class Fetcher:
         if len(self._backlog) and not self._delivering:
             self._delivering = True
             self._loop.call_soon(self._deliver)
+
+    def hold(self, place: Place, *, held: bool) -> None:
+        """Fetch nothing more of one partition, or fetch it again; to be called on the event loop's thread."""
+        self._held = self._held | {place} if held else self._held - {place}
 
     def drain(self) -> None:
         """Fetch and hand out nothing more, but stay in the group."""
@@ -231,6 +236,8 @@ class Fetcher:
         else:
             closed = {rank for rank in set(self._ranks.values()) if self._backlog.full(rank)}
         wanted = {place for place in self._assigned if self._ranks[place[0]] in closed} if closed else set()
+        if held := self._held:
+            wanted |= held & self._assigned.keys()
         if wanted != self._paused:
             self._consumer.resume([TopicPartition(*place) for place in self._paused - wanted])
             self._consumer.pause([TopicPartition(*place) for place in wanted - self._paused])

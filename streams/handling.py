@@ -1,133 +1,274 @@
-"""One event's handling: attempts, backoff, failure, and the messages that it leaves.
+"""One event's handling: an attempt, what its failure means, and the messages that it leaves.
 
 In: a :class:`~streams.partition.Work` with its event. Out: the same work with its messages: outputs, effects, the
-lane's new state for the changelog and, when the agent gave up, what ``on_failure`` emitted and the dead letter. A
-handler's failure never stops the processor.
+lane's new state and timers for the changelog and, when the agent gave up, what ``on_failure`` emitted and the dead
+letter; or the time to wait before the next attempt. A handler's failure never stops the processor.
+
+Effects of a handler that still runs are journalled with the next commit: as the event in ``effects`` and as a copy in
+the changelog, which the next owner gives to the handler when it runs the event again. The copies are tombstoned in the
+transaction that finishes the event.
 """
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
 from typing import Final
 
 from agents.agent import Failure
 from agents.context import Ports
+from agents.errors import EffectFailedError
 from agents.journal import Journal
-from agents.step import LaneState, StepResult, failure_of, run_failure, run_step
+from agents.step import StepResult, failure_of, run_failure, run_step
 from schemas.codec import Codec
 from schemas.errors import EncodeError, EventTooLargeError
-from schemas.events import DeadLettered, LlmCalled, Priority
+from schemas.events import Effect, LlmCalled, StepAssigned, StepCancelled
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
-from schemas.topics import all_topics, topic_name, topic_of
 from streams.binding import Binding
+from streams.changelog import Timer, effect_key, parked_key, run_key, state_key, timer_key, timer_value
 from streams.errors import StateError
-from streams.partition import Work
+from streams.messages import DEAD_LETTERS, Messages
+from streams.partition import Entry, Trial, Work
 from streams.state import StateCodec
 from streams.stats import Stats
 from streams.transactor import Outgoing
 
 __all__ = ["Handling"]
 
-_LIMITS: Final = {name: topic.max_message_bytes for name, topic in all_topics().items()}
-_DEAD_LETTERS: Final = topic_of(DeadLettered).name
 _STATE_LIMIT: Final = 1_048_576
-_RECORD_OVERHEAD: Final = 96
-"""What batch and record framing may add to key, value and headers."""
-_HEADER_OVERHEAD: Final = 8
+"""Bytes of one lane's state: what is larger is written again and again, and belongs elsewhere."""
 _WARNINGS_A_SECOND: Final = 5
 _HUNG_GRACE: Final = 1.5
 _NO_CHANGE: Final = StepResult((), None, state_changed=False)
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 log = logging.getLogger(__name__)
 
 
 class Handling:
-    """Handles one binding's events."""
+    """Handles one binding's events. ``journal_later(work)`` has the effects of a running work committed soon."""
 
     def __init__(
-        self, binding: Binding, codec: Codec, ports: Ports, state_codec: StateCodec | None, stats: Stats
+        self,
+        binding: Binding,
+        codec: Codec,
+        ports: Ports,
+        state_codec: StateCodec | None,
+        stats: Stats,
+        journal_later: Callable[[Work], None],
     ) -> None:
         self._binding = binding
         self._agent = binding.agent
         self._source = binding.agent.source
         self._codec = codec
+        self._messages = Messages(binding.agent, codec)
         self._ports = ports
         self._state_codec = state_codec
         self._stats = stats
+        self._journal_later = journal_later
         self._warned_in = self._warnings = 0
 
     @property
     def hung_after_s(self) -> float | None:
         """When a handler that still runs waits for something that is no effect; None for never."""
-        binding = self._binding
-        if binding.timeout_s is None:
-            return None
-        attempts = binding.max_attempts * (binding.timeout_s + binding.max_backoff_s)
-        return attempts * _HUNG_GRACE
+        timeout_s = self._binding.timeout_s
+        return None if timeout_s is None else timeout_s * _HUNG_GRACE
 
-    async def handle(self, work: Work) -> None:
-        """Run the agent on the event, as often as policy says, and leave the messages in ``work``.
+    async def handle(self, work: Work) -> float | None:
+        """Run the agent on the event once. None: the work is finished, its messages are there. Else the seconds to
+        wait before it is to be run again.
 
         Raises:
-            asyncio.CancelledError: the event was taken away; nothing of it counts.
+            asyncio.CancelledError: the event was taken away; nothing of it counts but what is journalled.
         """
-        envelope, partition, agent = work.envelope, work.partition, self._agent
-        assert envelope is not None
-        timestamp, priority = work.record.timestamp_ms, partition.priority
-        state = partition.state.get(work.lane)
-        journal = Journal(
-            agent=agent.name,
-            source=self._source,
-            key=envelope.metadata.subject,
-            cause=envelope.metadata,
-            ports=self._ports,
-            timeout_s=self._binding.timeout_s,
-        )
-        attempt = 1
-        while True:
-            try:
-                result = await run_step(
-                    agent, envelope, timestamp_ms=timestamp, priority=priority, state=state, journal=journal
-                )
-                # An effect that can't be recorded fails its event: what it decided could not be proved.
-                messages = self._messages(result, work)
-                if journal.performed:
-                    messages += [self._effect(made) for made in journal.performed]
-                break
-            except asyncio.CancelledError:
-                failure = _ended_as_hung(work)
-            except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
-                failure = failure_of(error)
-            self._stats.failures += 1
-            if failure.retryable and attempt < self._binding.max_attempts:
-                await asyncio.sleep(self._backoff_s(attempt))
-                journal.next_attempt()
-                attempt += 1
-                continue
-            result, messages = await self._give_up(work, failure, attempt, state, journal)
-            messages += self._recordable(journal.performed)
-            break
-        work.outputs = len(result.outputs)
-        if journal.performed:
-            self._count_cost(journal.performed)
-        if result.state_changed:
-            partition.state.set(work.lane, result.state)
-        self._leave(work, messages)
-
-    def _backoff_s(self, attempt: int) -> float:
-        """Exponential, with full jitter on its upper half, so that what failed together does not come back together."""
-        binding = self._binding
-        return min(binding.max_backoff_s, binding.backoff_s * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-
-    async def _give_up(
-        self, work: Work, failure: Failure, attempts: int, state: LaneState | None, journal: Journal
-    ) -> tuple[StepResult, list[Outgoing]]:
         envelope, partition = work.envelope, work.partition
+        assert envelope is not None
+        journal = work.journal
+        if journal is None:
+            journal = work.journal = self._journal_of(work, envelope.metadata)
+        try:
+            result = await run_step(
+                self._agent,
+                envelope,
+                timestamp_ms=work.record.timestamp_ms,
+                priority=partition.priority,
+                state=partition.state.get(work.lane),
+                journal=journal,
+            )
+            messages = self._outcome(result, work)
+            if journal.performed or work.trial is not None:
+                # An effect that can't be recorded fails its event: what it decided could not be proved.
+                messages += self._effects(work, journal)
+        except asyncio.CancelledError:
+            failure = _why_ended(work)
+            if failure is None:
+                self.cancelled(work)
+                return None
+        except StateError:
+            raise  # the changelog is damaged: that is no failure of the event
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
+            failure = failure_of(error)
+        else:
+            self._leave(work, result, messages)
+            return None
+        self._stats.failures += 1
+        trial = work.tried()
+        policy = self._binding.retry_of(failure.error_type)
+        if failure.retryable and trial.attempt < policy.attempts:
+            wait_s = policy.wait_s(trial.attempt)
+            trial.attempt += 1
+            journal.next_attempt()
+            self._stats.retries += 1
+            return wait_s
+        await self._give_up(work, failure, journal)
+        return None
+
+    def _journal_of(self, work: Work, cause: Metadata) -> Journal:
+        recorded: Sequence[Effect] = ()
+        effects = work.partition.effects
+        if effects and (records := effects.get(cause.id)) is not None:
+            recorded = [event for record in records if isinstance(event := self._codec.decode(record).event, Effect)]
+            work.tried().restored = tuple(effect.sequence for effect in recorded)
+        return Journal(
+            agent=self._agent.name,
+            source=self._source,
+            key=cause.subject,
+            cause=cause,
+            ports=self._ports,
+            recorded=recorded,
+            timeout_s=self._binding.timeout_s,
+            on_performed=partial(self._performed, work),
+            durable=partial(self._durable, work),
+        )
+
+    # Effects of a step that still runs.
+
+    def _performed(self, work: Work) -> None:
+        trial = work.tried()
+        if not trial.listed:
+            trial.listed = True
+            self._journal_later(work)
+
+    async def _durable(self, work: Work) -> None:
+        """Wait until all effects so far are committed.
+
+        Raises:
+            EffectFailedError: one of them can't be recorded.
+        """
+        trial, journal = work.tried(), work.journal
+        assert journal is not None
+        wanted = len(journal.performed)
+        if trial.durable < wanted:
+            through = asyncio.get_running_loop().create_future()
+            trial.waiters.append((wanted, through))
+            self._performed(work)
+            await through
+        if trial.unrecordable:
+            raise EffectFailedError("EventTooLarge", "an effect before this one can't be recorded", retryable=False)
+
+    def journal_entry(self, work: Work) -> Entry | None:
+        """What journals the effects that a running work has made since the last time; None if there are none."""
+        trial, journal, envelope = work.tried(), work.journal, work.envelope
+        trial.listed = False
+        if journal is None or envelope is None:
+            return None  # it has finished; its effects are among its messages
+        messages = self._journalled(work, trial, journal, envelope.metadata.id)
+        if not messages:
+            return None
+        self._stats.journalled += len(messages) // 2
+        return Entry(
+            work.partition, messages, order=work.order, committed=partial(_durable_to, trial, trial.journalled)
+        )
+
+    def _journalled(self, work: Work, trial: Trial, journal: Journal, event_id: str) -> list[Outgoing]:
+        messages: list[Outgoing] = []
+        changelog, number = work.partition.changelog, work.partition.number
+        for made in journal.performed[trial.journalled :]:
+            try:
+                message = self._messages.of(made)
+            except EncodeError:
+                trial.unrecordable = True
+                _wake(trial, len(journal.performed))
+                break
+            key = effect_key(event_id, _sequence(made))
+            messages += [message, (changelog, key, message[2], message[3], number)]
+            trial.journalled += 1
+        return messages
+
+    def _effects(self, work: Work, journal: Journal, *, skip_unrecordable: bool = False) -> list[Outgoing]:
+        """The effects that are not journalled yet, and tombstones for the copies of those that are.
+
+        Raises:
+            EncodeError: one can't be recorded.
+        """
+        trial, performed = work.trial, journal.performed
+        messages: list[Outgoing] = []
+        for made in performed if trial is None else performed[trial.journalled :]:
+            try:
+                messages.append(self._messages.of(made))
+            except EncodeError as error:
+                if not skip_unrecordable:
+                    raise
+                log.error("%s: effect %s can't be recorded: %s", self._agent.name, made.metadata.id, error)
+        if trial is not None:
+            messages += self._tombstones(work, trial, performed)
+        return messages
+
+    def _tombstones(self, work: Work, trial: Trial, performed: Sequence[Envelope]) -> list[Outgoing]:
+        assert work.envelope is not None
+        partition, event_id = work.partition, work.envelope.metadata.id
+        keys = [effect_key(event_id, sequence) for sequence in trial.restored]
+        keys += [effect_key(event_id, _sequence(made)) for made in performed[: trial.journalled]]
+        if trial.parked:
+            keys.append(parked_key(work.record.offset))
+        if work.record.offset in partition.runs:
+            keys.append(run_key(work.record.offset))
+        return [(partition.changelog, key, None, None, partition.number) for key in keys]
+
+    # How it ends.
+
+    def cancelled(self, work: Work) -> None:
+        """A StepCancelRequested ends it: nothing is decided, its effects and the fact are recorded."""
+        envelope, trial = work.envelope, work.tried()
+        assert envelope is not None
+        event, cause = envelope.event, envelope.metadata
+        assert isinstance(event, StepAssigned)
+        fact = StepCancelled(
+            task_id=event.task_id,
+            step_id=event.step_id,
+            attempt=event.attempt,
+            agent=self._agent.name,
+            event_id=cause.id,
+            reason=trial.cancelled or "",
+        )
+        metadata = Metadata(
+            id=deterministic_id(cause.id, self._agent.name, "cancelled"),
+            source=self._source,
+            subject=event.task_id,
+            time=cause.time,
+            causation_id=cause.id,
+            correlation_id=cause.correlation_id,
+            traceparent=cause.traceparent,
+        )
+        journal = work.journal or self._journal_of(work, cause)
+        messages = [self._messages.of(Envelope(fact, metadata))]
+        messages += self._effects(work, journal, skip_unrecordable=True)
+        work.journal = journal
+        self._stats.cancelled += 1
+        self._leave(work, _NO_CHANGE, messages)
+
+    async def crashed(self, work: Work, runs: int) -> None:
+        """It was running so often when its process ended that it is not run again."""
+        assert work.envelope is not None
+        message = f"it was running {runs} times when its process ended without a word; it is not run again"
+        work.tried().attempt = runs
+        work.journal = journal = self._journal_of(work, work.envelope.metadata)
+        await self._give_up(work, Failure("ProcessCrashed", message, retryable=False), journal)
+
+    async def _give_up(self, work: Work, failure: Failure, journal: Journal) -> None:
+        envelope, partition, attempts = work.envelope, work.partition, work.tried().attempt
         assert envelope is not None
         error = failure.message
         try:
@@ -137,12 +278,14 @@ class Handling:
                 failure,
                 timestamp_ms=work.record.timestamp_ms,
                 priority=partition.priority,
-                state=state,
+                state=partition.state.get(work.lane),
                 journal=journal,
             )
-            messages = self._messages(result, work)
+            messages = self._outcome(result, work)
         except asyncio.CancelledError:
-            _ended_as_hung(work)
+            if _why_ended(work) is None:
+                self.cancelled(work)
+                return
             result, messages = _NO_CHANGE, []
             error = f"{error}; then on_failure hung"
         except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
@@ -153,43 +296,119 @@ class Handling:
             self._agent.name,
             partition.topic,
             partition.number,
-            work.offset,
+            work.record.offset,
             type(envelope.event).__name__,
             attempts,
             failure.error_type,
             error[:500],
         )
-        messages.append(self._dead_letter(work, failure.error_type, error, attempts))
-        return result, messages
+        work.dead = True
+        messages.append(self._messages.dead_letter(work.record, envelope.metadata, failure.error_type, error, attempts))
+        messages += self._effects(work, journal, skip_unrecordable=True)
+        self._leave(work, result, messages)
 
     def unreadable(self, work: Work, error: Exception) -> None:
         """The record is no event, or one that has no lane: a dead letter is all it leaves."""
         self._warn("%s: %s: %s", self._agent.name, type(error).__name__, str(error)[:500])
-        self._leave(work, [self._dead_letter(work, type(error).__name__, str(error), attempts=0)])
+        work.dead = True
+        messages = [self._messages.dead_letter(work.record, None, type(error).__name__, str(error), attempts=0)]
+        if work.trial is not None and work.trial.parked:
+            partition = work.partition
+            messages.append((partition.changelog, parked_key(work.record.offset), None, None, partition.number))
+        self._leave(work, _NO_CHANGE, messages)
 
-    def rejected(self, work: Work, at: int, error: str) -> None:
-        """The broker refused the work's message ``at``, which passed all checks here: its settings differ from ours.
+    def refused(self, entry: Entry, at: int, error: str) -> None:
+        """The broker refused the entry's message ``at``, which passed all checks here: its settings differ from ours.
 
         The state that belongs to it may have been built upon, so only that message is replaced, by a dead letter
         without the raw value.
 
         Raises:
-            StateError: it is the state itself; going on without it would decide wrongly after a restore.
+            StateError: it is what a restore needs; going on without it would decide wrongly afterwards.
         """
-        topic, _, value, _, _ = work.messages[at]
-        if topic == work.partition.changelog:
+        topic, key, value, _, _ = entry.messages[at]
+        size = 0 if value is None else len(value)
+        if topic == entry.partition.changelog or not isinstance(entry, Work):
             raise StateError(
-                f"{topic} refuses the state of lane {work.lane!r}, {len(value or b'')} bytes: {error}; raise its "
-                f"max.message.bytes to {_STATE_LIMIT}"
+                f"{topic} refuses {key!r}, {size} bytes: {error}; raise its max.message.bytes to what Magnatronic "
+                "creates it with"
             )
-        already_a_letter = topic == _DEAD_LETTERS
-        said = f"{topic} refused an output of {0 if value is None else len(value)} bytes: {error}"
-        if already_a_letter and len(work.record.value or b"") == 0:
-            del work.messages[at]
+        if topic == DEAD_LETTERS and not entry.record.value:
+            del entry.messages[at]
             return
-        record = work.record
-        work.record = Record(record.topic, record.partition, record.offset, record.timestamp_ms, record.key, b"", ())
-        work.messages[at] = self._dead_letter(work, "OutputRefused", said, attempts=1)
+        record = entry.record
+        bare = Record(record.topic, record.partition, record.offset, record.timestamp_ms, record.key, b"", ())
+        entry.record = bare
+        entry.dead = True
+        cause = None if entry.envelope is None else entry.envelope.metadata
+        said = f"{topic} refused an output of {size} bytes: {error}"
+        entry.messages[at] = self._messages.dead_letter(bare, cause, "OutputRefused", said, attempts=1)
+
+    def _leave(self, work: Work, result: StepResult, messages: list[Outgoing]) -> None:
+        partition = work.partition
+        work.outputs = len(result.outputs)
+        if result.state_changed:
+            # What `_outcome` made of it follows the outputs.
+            raw = messages[work.outputs][2] if result.state is not None and self._state_codec is not None else None
+            partition.state.set(work.lane, result.state, raw)
+        if result.timers:
+            self._set_timers(work, result)
+        journal, work.journal = work.journal, None
+        if journal is not None and journal.performed:
+            self._count_cost(journal.performed)
+        if work.trial is not None:
+            self._forget(work, work.trial)
+        if partition.expire_due:
+            partition.expire_due = False
+            expired = partition.state.expire(work.record.timestamp_ms, partition.lanes)
+            messages.extend((partition.changelog, state_key(lane), None, None, partition.number) for lane in expired)
+        work.messages = messages
+        size = 0
+        for message in messages:
+            size += len(message[2] or b"")
+        work.bytes = size
+
+    def _forget(self, work: Work, trial: Trial) -> None:
+        partition = work.partition
+        if trial.restored and work.envelope is not None:
+            partition.effects.pop(work.envelope.metadata.id, None)
+        partition.runs.pop(work.record.offset, None)
+        _wake(trial, -1)
+
+    def _set_timers(self, work: Work, result: StepResult) -> None:
+        timers = work.partition.timers
+        for change in result.timers:
+            if change.due is None:
+                timers.cancel(work.lane, change.name)
+            else:
+                timers.set(self._timer(work, change.name, change.due))
+
+    def _timer(self, work: Work, name: str, due: datetime) -> Timer:
+        assert work.envelope is not None
+        cause = work.envelope.metadata
+        return Timer(work.lane, name, due, cause.subject, cause.correlation_id, cause.id, cause.traceparent)
+
+    def _outcome(self, result: StepResult, work: Work) -> list[Outgoing]:
+        """The outputs, the state's change and the timers as messages.
+
+        Raises:
+            EncodeError: one of them can't be written, or is larger than its topic takes.
+        """
+        partition = work.partition
+        priority, of = partition.priority, self._messages.of
+        messages = [of(output, priority) for output in result.outputs]
+        if result.state_changed and self._state_codec is not None:
+            value = None if result.state is None else self._state_codec.dump(result.state)
+            if value is not None and len(value) > _STATE_LIMIT:
+                raise EventTooLargeError(
+                    f"the state of lane {work.lane!r} has {len(value)} bytes, over the {_STATE_LIMIT} that a lane may "
+                    "have; keep less"
+                )
+            messages.append((partition.changelog, state_key(work.lane), value, None, partition.number))
+        for change in result.timers:
+            value = None if change.due is None else timer_value(self._timer(work, change.name, change.due))
+            messages.append((partition.changelog, timer_key(work.lane, change.name), value, None, partition.number))
+        return messages
 
     def _warn(self, message: str, *arguments: object) -> None:
         """Log a warning, at most so many a second: a flood of bad records has its dead letters to tell of it."""
@@ -202,116 +421,48 @@ class Handling:
         if self._warnings <= _WARNINGS_A_SECOND:
             log.warning(message, *arguments)
 
-    def _leave(self, work: Work, messages: list[Outgoing]) -> None:
-        partition = work.partition
-        if partition.expire_due:
-            partition.expire_due = False
-            expired = partition.state.expire(work.record.timestamp_ms, partition.lanes)
-            messages.extend((partition.changelog, lane.encode(), None, None, partition.number) for lane in expired)
-        work.messages = messages
-        size = 0
-        for message in messages:
-            size += len(message[2] or b"")
-        work.bytes = size
-
-    def _messages(self, result: StepResult, work: Work) -> list[Outgoing]:
-        """The outputs and the state's change as messages.
-
-        Raises:
-            EncodeError: one of them can't be written, or is larger than its topic takes.
-        """
-        priority = work.partition.priority
-        messages = [self._message(output, priority) for output in result.outputs]
-        if result.state_changed and self._state_codec is not None:
-            value = None if result.state is None else self._state_codec.dump(result.state)
-            if value is not None and len(value) > _STATE_LIMIT - 2 * _RECORD_OVERHEAD - len(work.lane):
-                raise EventTooLargeError(
-                    f"the state of lane {work.lane!r} has {len(value)} bytes, over the {_STATE_LIMIT} that its "
-                    "changelog takes; keep less"
-                )
-            messages.append((work.partition.changelog, work.lane.encode(), value, None, work.partition.number))
-        return messages
-
-    def _message(self, envelope: Envelope, priority: Priority) -> Outgoing:
-        event, metadata = envelope.event, envelope.metadata
-        value, headers = self._codec.encode(event, metadata)
-        topic = topic_name(event, priority)
-        key = metadata.subject.encode()
-        limit = _LIMITS[topic]
-        # Headers are measured only where it may matter.
-        if len(value) * 2 + len(key) > limit:
-            size = len(value) + len(key) + _RECORD_OVERHEAD
-            size += sum(len(name) + len(content) + _HEADER_OVERHEAD for name, content in headers)
-            if size > limit:
-                raise EventTooLargeError(
-                    f"{event.full_name} has {size} bytes, over the {limit} that {topic} takes; emit less in one event"
-                )
-        return topic, key, value, headers, -1
-
-    def _effect(self, made: Envelope) -> Outgoing:
-        return self._message(made, Priority.NORMAL)
-
-    def _recordable(self, performed: Iterable[Envelope]) -> list[Outgoing]:
-        """The effects of an event that failed, but for the one that may be why: it is too large for its topic."""
-        messages = []
-        for made in performed:
-            try:
-                messages.append(self._effect(made))
-            except EncodeError as error:
-                log.error("%s: effect %s can't be recorded: %s", self._agent.name, made.metadata.id, error)
-        return messages
-
-    def _count_cost(self, performed: Iterable[Envelope]) -> None:
+    def _count_cost(self, performed: Sequence[Envelope]) -> None:
         for made in performed:
             if isinstance(made.event, LlmCalled):
                 self._stats.tokens += made.event.prompt_tokens + made.event.completion_tokens
                 self._stats.cost_usd += made.event.cost_usd
 
-    def _dead_letter(self, work: Work, error_type: str, error: str, attempts: int) -> Outgoing:
-        work.dead = True
-        record, cause = work.record, None if work.envelope is None else work.envelope.metadata
-        letter = DeadLettered(
-            source_topic=record.topic,
-            source_partition=record.partition,
-            source_offset=record.offset,
-            source_timestamp=_EPOCH + timedelta(milliseconds=max(record.timestamp_ms, 0)),
-            key=record.key,
-            value=record.value,
-            header_names=tuple(name for name, _ in record.headers),
-            header_values=tuple(content or b"" for _, content in record.headers),
-            agent=self._agent.name,
-            error_type=error_type,
-            error=error[:4000],
-            attempts=attempts,
-        )
-        metadata = Metadata(
-            id=deterministic_id(record.topic, record.partition, record.offset, self._agent.name, "dead-letter"),
-            source=self._source,
-            subject=record.topic,
-            time=letter.source_timestamp,
-            causation_id="" if cause is None else cause.id,
-            correlation_id="" if cause is None else cause.correlation_id,
-            traceparent="" if cause is None else cause.traceparent,
-        )
-        try:
-            return self._message(Envelope(letter, metadata), Priority.NORMAL)
-        except EncodeError as too_large:
-            # It is still in its topic, at the place that the letter names.
-            bare = letter.model_copy(
-                update={"value": None, "header_names": (), "header_values": (), "error": f"{letter.error}; {too_large}"}
-            )
-            return self._message(Envelope(bare, metadata), Priority.NORMAL)
+
+def _sequence(made: Envelope) -> int:
+    assert isinstance(made.event, Effect)
+    return made.event.sequence
 
 
-def _ended_as_hung(work: Work) -> Failure:
-    """What a cancellation means: the watchdog ended a handler that hangs.
+def _durable_to(trial: Trial, count: int) -> None:
+    trial.durable = count
+    _wake(trial, count)
+
+
+def _wake(trial: Trial, upto: int) -> None:
+    """Let those go on who wait for the first ``upto`` effects; -1 for all."""
+    waiting = []
+    for wanted, through in trial.waiters:
+        if upto >= 0 and wanted > upto:
+            waiting.append((wanted, through))
+        elif not through.done():
+            through.set_result(None)
+    trial.waiters = waiting
+
+
+def _why_ended(work: Work) -> Failure | None:
+    """What a cancellation means: None when a StepCancelRequested asked for it, a failure when the handler hung.
 
     Raises:
-        asyncio.CancelledError: it was not the watchdog.
+        asyncio.CancelledError: the event was taken away.
     """
-    task = asyncio.current_task()
-    if not work.hung or not work.partition.owned or task is None:
+    task, trial = asyncio.current_task(), work.trial
+    if trial is None or not work.partition.owned or task is None:
+        raise asyncio.CancelledError
+    if trial.cancelled is not None:
+        task.uncancel()
+        return None
+    if not trial.hung:
         raise asyncio.CancelledError
     task.uncancel()
-    work.hung = False
+    trial.hung = False
     return Failure("HandlerHung", "the handler waits for something that is no effect; it was ended", retryable=False)

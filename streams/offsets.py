@@ -74,6 +74,11 @@ class OffsetTracker:
         """What a commit now would say; None when nothing was ever begun or committed."""
         return next(iter(self._unfinished), self._position)
 
+    @property
+    def position(self) -> int:
+        """The offset after the highest that was begun or is known as finished; 0 at the beginning."""
+        return self._position or 0
+
     def begin(self, offset: int) -> bool:
         """Note a fetched offset. False: it is done, by an earlier owner, or was fetched before; skip it."""
         if offset < self._skip_until:

@@ -1,18 +1,28 @@
-"""What a processor holds for one input partition, and for one event of it that is in flight.
+"""What a processor holds for one input partition, for one event of it in flight, and for what is to be committed.
 
-In: a partition's place, its committed offset and its restored state. Out: plain data; the processor does the work.
+In: a partition's place, its committed offset and what was restored. Out: plain data; the processor does the work.
 """
 
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from agents.journal import Journal
 from schemas.events import Priority
 from schemas.metadata import Envelope
 from schemas.record import Record
 from schemas.topics import priority_of
-from streams.dispatch import Lane
+from streams.changelog import Restored
+from streams.dispatch import Lane, rank_of
 from streams.offsets import OffsetTracker
 from streams.state import StateStore
+from streams.timers import Timers
 from streams.transactor import Outgoing
 
-__all__ = ["Partition", "Work"]
+__all__ = ["AFTER_ALL", "Entry", "Partition", "Trial", "Work"]
+
+AFTER_ALL: Final = 2**62
+"""The ``order`` of an entry that follows whatever else its partition has to commit."""
 
 
 class Partition:
@@ -20,58 +30,156 @@ class Partition:
 
     __slots__ = (
         "changelog",
+        "deaths",
+        "effects",
         "expire_due",
+        "full",
         "lanes",
         "number",
         "owned",
+        "parked",
         "priority",
+        "rank",
+        "runs",
         "state",
+        "suspect_until",
+        "timers",
         "topic",
         "tracker",
         "uncommitted",
     )
 
-    def __init__(self, topic: str, number: int, tracker: OffsetTracker, state: StateStore, changelog: str) -> None:
+    def __init__(
+        self,
+        topic: str,
+        number: int,
+        tracker: OffsetTracker,
+        state: StateStore,
+        changelog: str,
+        restored: Restored,
+    ) -> None:
         self.topic = topic
         self.number = number
         self.priority: Priority = priority_of(topic)
+        self.rank = rank_of(topic)
         self.tracker = tracker
         self.state = state
         self.changelog = changelog
+        self.effects = restored.effects
+        """Effects that an earlier owner journalled, by the id of the event whose handling is not finished."""
+        self.timers = Timers(restored.timers)
+        self.parked = restored.parked
+        """Events that an earlier owner parked, until they are back in their lanes."""
+        self.runs = restored.runs
+        """How often an event was running when its process ended, by offset."""
+        self.deaths = 0 if restored.deaths is None else restored.deaths + 1
+        """How many owners in a row ended without giving the partition up."""
+        self.suspect_until = 0
+        """Events before this offset may have been what ended the last owner; each run of theirs is counted first."""
         self.lanes: dict[str, Lane[Work]] = {}
         self.owned = True
         self.uncommitted = 0
-        """Finished events that wait for their commit, those of the transaction under way included."""
+        """Entries that wait for their commit, those of the transaction under way included."""
         self.expire_due = False
         """The next event looks for expired state and carries its tombstones."""
+        self.full = False
+        """The finished-offset map has little room left; nothing more is fetched until it has."""
 
 
-class Work:
-    """One event in flight, and when it is finished what it leaves: messages to produce and their size in bytes."""
+class Entry:
+    """Something to commit: messages to produce, their size in bytes, and the input ``offset`` that is finished with
+    them, -1 for none.
+
+    ``order`` is the offset of the event that it is about: what is held back for want of room in the finished-offset map
+    takes everything about later events with it. ``settles`` counts the fetched messages that are done with.
+    ``committed`` is called when the transaction is through.
+    """
+
+    __slots__ = ("bytes", "committed", "messages", "offset", "order", "partition", "settles")
+
+    def __init__(
+        self,
+        partition: Partition,
+        messages: list[Outgoing],
+        *,
+        offset: int = -1,
+        order: int = AFTER_ALL,
+        settles: int = 0,
+        committed: Callable[[], None] | None = None,
+    ) -> None:
+        self.partition = partition
+        self.messages = messages
+        self.bytes = sum(len(message[2] or b"") for message in messages)
+        self.offset = offset
+        self.order = order
+        self.settles = settles
+        self.committed = committed
+
+
+class Trial:
+    """What is known of a work that most works never need: attempts, journalled effects, why it is to end."""
 
     __slots__ = (
-        "bytes",
-        "dead",
-        "envelope",
+        "attempt",
+        "began",
+        "cancelled",
+        "durable",
         "hung",
-        "lane",
-        "messages",
-        "offset",
-        "outputs",
-        "partition",
-        "record",
-        "since",
+        "journalled",
+        "listed",
+        "parked",
+        "restored",
+        "unrecordable",
+        "waiters",
     )
+
+    def __init__(self) -> None:
+        self.attempt = 1
+        self.parked = False
+        """The changelog holds the event, and its offset is finished."""
+        self.cancelled: str | None = None
+        """Why a StepCancelRequested ends it."""
+        self.hung = False
+        self.began = 0.0
+        """When its run began (event loop time), if later than its worker took it; infinite while it waits its turn."""
+        self.restored: tuple[int, ...] = ()
+        """Sequence numbers of the effects that an earlier owner journalled."""
+        self.journalled = 0
+        """How many of the journal's performed effects have been given to the commit while the step ran."""
+        self.durable = 0
+        """How many of them are committed."""
+        self.listed = False
+        """It is among the works whose effects the next commit looks for."""
+        self.unrecordable = False
+        """An effect of it is too large to be recorded, which fails it when it finishes."""
+        self.waiters: list[tuple[int, asyncio.Future[None]]] = []
+        """Who waits until so many effects are committed."""
+
+
+class Work(Entry):
+    """One event in flight, and when it is finished what it leaves."""
+
+    __slots__ = ("dead", "envelope", "journal", "lane", "outputs", "record", "since", "trial")
 
     def __init__(self, partition: Partition, record: Record, since: float) -> None:
         self.partition = partition
         self.record = record
-        self.offset = record.offset
+        self.offset = self.order = record.offset
         self.since = since
+        self.settles = 1
         self.envelope: Envelope | None = None
         self.lane = ""
-        self.messages: list[Outgoing] = []
+        self.messages = []
         self.bytes = 0
         self.outputs = 0
         self.dead = False
-        self.hung = False
+        self.committed = None
+        self.journal: Journal | None = None
+        """While it runs, or waits for another attempt."""
+        self.trial: Trial | None = None
+
+    def tried(self) -> Trial:
+        """Its :class:`Trial`, made when it is first asked for."""
+        if self.trial is None:
+            self.trial = Trial()
+        return self.trial

@@ -2,60 +2,59 @@
 
 In: records of the binding's topics. Out: the agent's events, its effects, its state's changes and dead letters, each
 in one Kafka transaction with the offset of the input that caused it. Fetching has its own thread
-(:mod:`streams.fetcher`), transactions another (:mod:`streams.transactor`); decoding, handlers and bookkeeping run on
+(:mod:`streams.fetcher`), transactions another (:mod:`streams.committer`); decoding, handlers and bookkeeping run on
 the event loop, so no lock guards them. :mod:`streams.handling` turns one event into its messages.
 
-Why results may be seen before they are committed: a lane's next event reads the state that the last one left in
-memory, though its transaction may still be open or abort. Results are committed in the order in which they finished,
-in one transaction after another, so a transaction that holds the later event holds the earlier one too or follows it.
-An aborted transaction is made again from the same results; if that can't be (the partition was revoked, the producer
-fenced), every later result of the partition is dropped together with its state, and the next owner starts from what
-was committed.
+An event that waits for another attempt holds its lane, and nobody else. When the wait is long, the lane's events are
+parked: written to the changelog, so that their offsets are finished and the next owner goes on waiting where this one
+left off.
 """
 
 import asyncio
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Final
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from agents.context import Ports
+from agents.step import concerns, lane_of
 from schemas.codec import Codec
 from schemas.errors import RegistryError
+from schemas.events import StepAssigned, TimerFired
+from schemas.metadata import REDRIVE_HEADER
 from schemas.record import Record
 from streams.binding import Binding
-from streams.dispatch import Dispatcher, Lane
-from streams.errors import (
-    ClusterError,
-    RecordRejectedError,
-    StateError,
-    TransactionAbortedError,
-)
+from streams.changelog import Restored
+from streams.committer import Committer
+from streams.dispatch import Dispatcher, Lane, Worker, rank_of
+from streams.errors import ClusterError, RestoreCancelledError, StateError
 from streams.fetcher import Fetcher
+from streams.firing import Firing
 from streams.handling import Handling
 from streams.kafka import consumer_settings, instance_id, transactional_settings
+from streams.messages import Messages
 from streams.offsets import OffsetTracker
+from streams.parking import Parking
 from streams.partition import Partition, Work
 from streams.state import StateCodec, StateStore, changelog_topic, ensure_changelogs, restore
 from streams.stats import Stats
-from streams.transactor import Outgoing, Transactor
+from streams.suspects import Suspects, owner_left, owner_marker
+from streams.transactor import Transactor
 
 __all__ = ["Processor"]
 
-_MAX_MESSAGES: Final = 10_000
-_MAX_BYTES: Final = 16 * 1024 * 1024
-"""A transaction's bounds: it is over in a second or so, far from its timeout of ten."""
 _TICK_S: Final = 1.0
 _REVOKE_S: Final = 5.0
+_CANCEL_S: Final = 1.0
 _RESTORE_S: Final = 120.0
 _COMMITTED_S: Final = 60.0
-_ABORTED_BACKOFF_S: Final = 0.05
-_MAX_ABORTS: Final = 100
+_COMMITTED_SLICE_S: Final = 0.5
+_MARKED_S: Final = 5.0
+_NOTHING_RESTORED: Final = Restored()
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +64,9 @@ class Processor:
 
     ``kafka`` holds librdkafka settings (bootstrap.servers and security), ``slot`` names this instance within its group:
     no two living processes may share one, and a restarted process should have its old one
-    (:class:`streams.runner.SlotLock`). ``commit_interval_s`` is the least time between two commits: 0 commits as soon
+    (:class:`streams.slots.SlotLock`). ``commit_interval_s`` is the least time between two commits: 0 commits as soon
     as the last commit is through. ``drain_timeout_s`` bounds a graceful stop's wait for running handlers.
+    ``cancelled`` holds the steps that are not to be run, by step_id, with the reason; its owner adds to it.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Processor:
         commit_interval_s: float = 0.0,
         drain_timeout_s: float = 10.0,
         session_timeout_ms: int = 10_000,
+        cancelled: Mapping[str, str] | None = None,
     ) -> None:
         self.binding = binding
         self.stats = Stats()
@@ -89,29 +90,50 @@ class Processor:
         self._commit_interval_s = commit_interval_s
         self._drain_timeout_s = drain_timeout_s
         self._session_timeout_ms = session_timeout_ms
+        self._cancelled: Mapping[str, str] = {} if cancelled is None else cancelled
         agent = binding.agent
         self.name = instance_id(binding.group, slot)
         self._consumes = frozenset(agent.consumes)
         self._state_codec = None if agent.state_type is None else StateCodec(agent.state_type)
-        self._handling = Handling(binding, codec, ports or Ports(), self._state_codec, self.stats)
-        self._partitions: dict[tuple[str, int], Partition] = {}
-        self._finished: deque[Work] = deque()
-        self._selected: list[Work] = []
+        self._handling = Handling(
+            binding, codec, ports or Ports(), self._state_codec, self.stats, lambda work: self._committer.journal(work)
+        )
+        self._owned: dict[tuple[str, int], Partition] = {}
         self._stop = asyncio.Event()
-        self._wake = asyncio.Event()
-        self._committed = asyncio.Event()
         self._failure: BaseException | None = None
-        self._diagnose = False
-        self._aborts = 0
         self._joined = False
         self._fetcher: Fetcher
         self._dispatcher: Dispatcher[Work]
         self._transactor: Transactor
+        self._committer: Committer
+        self._suspects: Suspects
+        self._parking: Parking
+        self._firing: Firing
 
     @property
     def joined(self) -> bool:
         """Whether it is a member of its group, has its partitions (maybe none) and works."""
         return self._joined and self._failure is None
+
+    @property
+    def partitions(self) -> Collection[Partition]:
+        """What it owns now; to be looked at on the event loop's thread."""
+        return self._owned.values()
+
+    @property
+    def workers(self) -> Collection[Worker[Work]]:
+        """What runs now."""
+        return self._dispatcher.workers if hasattr(self, "_dispatcher") else ()
+
+    @property
+    def restoring(self) -> Collection[tuple[str, int]]:
+        """The partitions that it has been given, but whose state is still being restored."""
+        return self._fetcher.restoring if hasattr(self, "_fetcher") else ()
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing is committed at the moment; empty while all goes well."""
+        return self._committer.trouble if hasattr(self, "_committer") else "it starts"
 
     def stop(self) -> None:
         """Stop gracefully: fetch nothing more, finish and commit what is in flight, leave. :meth:`run` returns then."""
@@ -129,22 +151,11 @@ class Processor:
         background: list[asyncio.Task[None]] = []
         try:
             await loop.run_in_executor(threads, self._open)
-            self._dispatcher = Dispatcher(
-                self._handle, concurrency=self.binding.concurrency, idle=_lane_idle, failed=self._fail
-            )
-            self._fetcher = Fetcher(
-                consumer_settings(
-                    self._kafka, self.binding.group, self._slot, session_timeout_ms=self._session_timeout_ms
-                ),
-                self.binding.topics,
-                self,
-                max_in_flight=self.binding.max_in_flight,
-            )
-            self._fetcher.finished.add_done_callback(self._fetcher_finished)
-            self._fetcher.start()
-            background = [loop.create_task(self._commit_forever(threads)), loop.create_task(self._tick_forever())]
+            self._assemble(threads)
+            background = [loop.create_task(self._committer.run()), loop.create_task(self._tick_forever())]
             for task in background:
                 task.add_done_callback(self._task_done)
+            self._fetcher.start()
             try:
                 await self._stop.wait()
                 if self._failure is None:
@@ -161,36 +172,85 @@ class Processor:
             raise self._failure
 
     def _open(self) -> None:
-        binding = self.binding
-        ensure_changelogs(self._kafka, binding.group, binding.topics, stateful=binding.stateful)
+        ensure_changelogs(self._kafka, self.binding.group, self.binding.topics)
         self._transactor.open()
+
+    def _assemble(self, threads: ThreadPoolExecutor) -> None:
+        binding = self.binding
+        self._dispatcher = Dispatcher(
+            self._handle,
+            concurrency=binding.concurrency,
+            idle=_lane_idle,
+            failed=self._fail,
+            ranks={rank_of(topic) for topic in binding.topics},
+        )
+        self._fetcher = Fetcher(
+            consumer_settings(self._kafka, binding.group, self._slot, session_timeout_ms=self._session_timeout_ms),
+            binding.topics,
+            self,
+            max_in_flight=binding.max_in_flight,
+        )
+        self._fetcher.finished.add_done_callback(self._fetcher_finished)
+        self._committer = Committer(
+            self.name,
+            self._transactor,
+            threads,
+            group=self._fetcher.group_metadata,
+            settle=self._fetcher.settle,
+            journal=self._handling.journal_entry,
+            refused=self._handling.refused,
+            room=lambda partition: self._fetcher.hold((partition.topic, partition.number), held=partition.full),
+            stats=self.stats,
+            interval_s=self._commit_interval_s,
+        )
+        self._suspects = Suspects(
+            self._handling, self._committer.add, max_crashes=binding.max_crashes, max_in_flight=binding.max_in_flight
+        )
+        self._parking = Parking(
+            binding, self._dispatcher, self._committer.add, self._handling.journal_entry, self._read
+        )
+        self._firing = Firing(
+            binding.agent,
+            Messages(binding.agent, self._codec),
+            lambda: self._owned.values(),
+            self._committer.add,
+            self.stats,
+        )
 
     async def _drain(self) -> None:
         self._fetcher.drain()
+        self._committer.hurry()
         deadline = time.monotonic() + self._drain_timeout_s
-        while self._fetcher.in_flight and time.monotonic() < deadline and self._failure is None:
-            self._committed.clear()
-            self._wake.set()
-            await _wait(self._committed, 0.05)
-        if self._fetcher.in_flight:
-            log.info(
-                "%s: stops with %d events unfinished; their next owner does them", self.name, self._fetcher.in_flight
-            )
+        while (left := self._unfinished()) and time.monotonic() < deadline and self._failure is None:
+            await self._committer.through(0.05)
+        if left:
+            log.info("%s: stops with %d events unfinished; their next owner does them", self.name, left)
+
+    def _unfinished(self) -> int:
+        """Fetched events that are still to be committed, but for those that wait for another attempt."""
+        held = 0
+        for partition in self._owned.values():
+            for lane in partition.lanes.values():
+                if lane.held:
+                    held += sum(work.settles for work in lane.items)
+        parked = sum(1 for worker in self._dispatcher.workers if worker.item is not None and not worker.item.settles)
+        return max(self._fetcher.in_flight - held + parked, int(self._committer.pending))
 
     async def _leave(self) -> None:
         self._fetcher.stop()
         # Closing the consumer calls `revoked`, which commits what is finished.
         await asyncio.wait([self._fetcher.finished])
-        await self._dispatcher.cancel(lambda _: True, 1.0)
+        await self._dispatcher.cancel(lambda _: True, _CANCEL_S)
+        self._firing.stop()
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
-            for partition in self._partitions.values():
+            for partition in self._owned.values():
                 partition.owned = False
         self._stop.set()
-        self._wake.set()
-        self._committed.set()
+        self._committer.wake()
+        self._committer.release()
 
     def _task_done(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -202,289 +262,253 @@ class Processor:
 
     # What the fetcher calls.
 
-    def prepare(self, consumer: Consumer, partitions: Sequence[TopicPartition]) -> list[Partition]:
-        """Fetch committed offsets, which waits for open transactions, then restore the state that belongs to them."""
+    def prepare(
+        self, consumer: Consumer, partitions: Sequence[TopicPartition], cancelled: threading.Event
+    ) -> list[Partition]:
+        """Fetch committed offsets, which waits for open transactions, then restore what belongs to them."""
         if not partitions:
             return []
         group = self.binding.group
-        try:
-            committed = consumer.committed(list(partitions), timeout=_COMMITTED_S)
-        except KafkaException as error:
-            raise ClusterError(f"{self.name}: committed offsets can't be had: {error.args[0].str()}") from error
+        committed = self._committed(consumer, partitions, cancelled)
+        changelogs = [(changelog_topic(group, place.topic), place.topic, place.partition) for place in committed]
+        started = time.monotonic()
+        restored = restore(self._kafka, changelogs, timeout_s=_RESTORE_S, cancelled=cancelled)
+        self.stats.restore_s = time.monotonic() - started
+        prepared = []
+        for place, (changelog, _, number) in zip(committed, changelogs, strict=True):
+            found = restored.get((changelog, number), _NOTHING_RESTORED)
+            if place.offset < 0 and not found.empty:
+                raise StateError(
+                    f"{changelog}[{number}] is not empty, but group {group} has no offset for {place.topic}[{number}]; "
+                    "it was lost. Set it again, or delete the changelog"
+                )
+            # The first transaction needs an offset to send; where the log was trimmed, 0 stands for its beginning.
+            tracker = OffsetTracker(max(place.offset, 0), (place.metadata or "") if place.offset >= 0 else "")
+            state = StateStore(self._state_codec, found.states)
+            prepared.append(Partition(place.topic, number, tracker, state, changelog, found))
+        return prepared
+
+    def _committed(
+        self, consumer: Consumer, partitions: Sequence[TopicPartition], cancelled: threading.Event
+    ) -> list[TopicPartition]:
+        deadline = time.monotonic() + _COMMITTED_S
+        while True:
+            try:
+                committed: list[TopicPartition] = consumer.committed(list(partitions), timeout=_COMMITTED_SLICE_S)
+                break
+            except KafkaException as error:
+                if cancelled.is_set():
+                    raise RestoreCancelledError(f"{self.name}: the partitions went away meanwhile") from error
+                if not error.args[0].retriable() and error.args[0].code() != KafkaError._TIMED_OUT:
+                    raise ClusterError(f"{self.name}: committed offsets can't be had: {error.args[0].str()}") from error
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"{self.name}: no committed offsets within {_COMMITTED_S:g} s: {error.args[0].str()}"
+                    ) from error
         for place in committed:
             if place.error is not None:
                 raise ClusterError(f"{self.name}: {place.topic}[{place.partition}]: {place.error.str()}")
-        states: dict[tuple[str, int], Any] = {}
-        if self._state_codec is not None:
-            changelogs = [(changelog_topic(group, place.topic), place.partition) for place in committed]
-            states = restore(self._kafka, changelogs, self._state_codec, timeout_s=_RESTORE_S)
-        prepared = []
-        for place in committed:
-            changelog = changelog_topic(group, place.topic)
-            state = states.get((changelog, place.partition), {})
-            offset = place.offset if place.offset >= 0 else None
-            if offset is None and state:
-                raise StateError(
-                    f"{changelog}[{place.partition}] holds {len(state)} lanes, but group {group} has no offset for "
-                    f"{place.topic}[{place.partition}]; it was lost. Set it again, or delete the changelog"
-                )
-            tracker = OffsetTracker(offset, (place.metadata or "") if offset is not None else "")
-            prepared.append(Partition(place.topic, place.partition, tracker, StateStore(state), changelog))
-        return prepared
+        return committed
 
     async def assigned(self, prepared: Sequence[Partition]) -> list[TopicPartition]:
-        """Own the prepared partitions."""
-        self._joined = True
+        """Own the prepared partitions; what they were restored with goes on."""
         places = []
         for partition in prepared:
-            self._partitions[partition.topic, partition.number] = partition
-            checkpoint = partition.tracker.checkpoint(())
-            offset = OFFSET_BEGINNING if checkpoint is None else checkpoint.offset
+            self._owned[partition.topic, partition.number] = partition
+            self._suspects.suspect(partition)
+            self._committer.add(owner_marker(partition))
+            offset = partition.tracker.first_unfinished or OFFSET_BEGINNING
             places.append(TopicPartition(partition.topic, partition.number, offset))
+            if partition.deaths:
+                log.warning(
+                    "%s: the last owner of %s[%d] ended without a word (%d in a row); each run is counted for now",
+                    *(self.name, partition.topic, partition.number, partition.deaths),
+                )
+        # No event should run before the log says that the partition has an owner.
+        deadline = time.monotonic() + _MARKED_S
+        while time.monotonic() < deadline and not self._stop.is_set():
+            if not any(partition.owned and partition.uncommitted for partition in prepared):
+                break
+            await self._committer.through(0.1)
+        for partition in prepared:
+            self._parking.restore(partition)
+        self._firing.look()
+        self._joined = True
         if places:
             log.info("%s: owns %s", self.name, ", ".join(f"{place.topic}[{place.partition}]" for place in places))
         return places
 
     async def revoked(self, partitions: Sequence[tuple[str, int]], *, lost: bool) -> None:
         """Give partitions up: their handlers are cancelled and, unless ``lost``, what is finished is committed."""
-        leaving = [self._partitions[place] for place in partitions if place in self._partitions]
+        leaving = [self._owned[place] for place in partitions if place in self._owned]
         gone = set(map(id, leaving))
-        dropped = 0
+        dropped = [0, 0, 0]
         for partition in leaving:
             if lost:
                 partition.owned = False
             for lane in partition.lanes.values():
-                dropped += len(lane.items)
+                dropped[partition.rank] += sum(work.settles for work in lane.items)
+                for work in lane.items:
+                    self._parking.left(work)
                 lane.items.clear()
         running = sum(1 for worker in self._dispatcher.workers if worker.item and id(worker.item.partition) in gone)
-        await self._dispatcher.cancel(lambda work: id(work.partition) in gone, 1.0)
+        await self._dispatcher.cancel(lambda work: id(work.partition) in gone, _CANCEL_S)
+        if not lost:
+            for partition in leaving:
+                self._committer.add(owner_left(partition))
         deadline = time.monotonic() + _REVOKE_S
         while not lost and self._failure is None and time.monotonic() < deadline:
             if not any(partition.uncommitted for partition in leaving):
                 break
-            self._committed.clear()
-            self._wake.set()
-            await _wait(self._committed, 0.1)
+            await self._committer.through(0.1)
         for partition in leaving:
             partition.owned = False
-            del self._partitions[partition.topic, partition.number]
-        self._wake.set()
+            del self._owned[partition.topic, partition.number]
+        self._committer.wake()
         if leaving:
-            log.info("%s: gave up %d partitions (%d events waited, %d ran)", self.name, len(leaving), dropped, running)
-        self._fetcher.settle(dropped)
+            log.info(
+                "%s: gave up %d partitions (%d events waited, %d ran)", self.name, len(leaving), sum(dropped), running
+            )
+        for rank, count in enumerate(dropped):
+            self._fetcher.settle(count, rank)
 
     def received(self, messages: Sequence[Message]) -> None:
         """Decode a batch and put each event into its lane."""
         now = time.monotonic()
-        partitions, decode, consumes = self._partitions, self._codec.decode, self._consumes
-        lane_of, submit = self.binding.agent.lane, self._dispatcher.submit
-        settled = 0
+        owned, submit, read = self._owned, self._dispatcher.submit, self._read
+        agent_name = self.binding.agent.name.encode()
         for message in messages:
             topic, number, offset = message.topic(), message.partition(), message.offset()
-            partition = partitions.get((topic, number))
+            partition = owned.get((topic, number))
             if partition is None or not partition.tracker.begin(offset):
-                settled += 1
+                self._fetcher.settle(1, rank_of(topic) if partition is None else partition.rank)
                 continue
-            timestamp = message.timestamp()[1]
-            record = Record(topic, number, offset, timestamp, message.key(), message.value(), message.headers() or ())
+            headers = message.headers() or ()
+            record = Record(topic, number, offset, message.timestamp()[1], message.key(), message.value(), headers)
             work = Work(partition, record, now)
-            try:
-                envelope = decode(record)
-                event = envelope.event
-                if type(event) not in consumes:
-                    # Another agent's: several types share a topic. Its offset goes with the next commit.
-                    self.stats.skipped += 1
-                    self._finish(work)
-                    continue
-                work.lane = key = lane_of(event)
-                work.envelope = envelope
-            except RegistryError as error:
-                # Nobody can say what the bytes mean now; going on would change the order of their lane.
-                self._fail(ClusterError(f"{self.name}: {topic}[{number}]@{offset}: {error}"))
-                return
-            except Exception as error:  # noqa: BLE001 - hostile bytes, or an agent that can't tell the lane
-                self._handling.unreadable(work, error)
-                self._finish(work)
+            if headers and headers[-1][0] == REDRIVE_HEADER and headers[-1][1] != agent_name:
+                # Sent once more for another agent that had failed on it.
+                self._skip(work)
                 continue
-            lane = partition.lanes.get(key)
-            if lane is None:
-                lane = partition.lanes[key] = Lane(key)
-            submit(lane, work)
-        if settled:
-            self._fetcher.settle(settled)
+            lane = read(work)
+            if lane is not None:
+                submit(lane, work)
+                if lane.held:
+                    self._parking.behind(lane, work)
+            elif self._failure is not None:
+                return
+
+    def _read(self, work: Work) -> Lane[Work] | None:
+        """The lane of the work's event; None when there is nothing to run: it is another's, or no event."""
+        partition, agent = work.partition, self.binding.agent
+        try:
+            work.envelope = envelope = self._codec.decode(work.record)
+            event = envelope.event
+            kind = type(event)
+            if kind not in self._consumes or (kind is TimerFired and not concerns(agent, event)):
+                # Another agent's: several types share a topic. Its offset goes with the next commit.
+                work.envelope = None
+                self._skip(work)
+                return None
+            work.lane = key = lane_of(agent, event) if kind is TimerFired else agent.lane(event)
+        except RegistryError as error:
+            # Nobody can say what the bytes mean now; going on would change the order of their lane.
+            place = f"{partition.topic}[{partition.number}]@{work.order}"
+            self._fail(ClusterError(f"{self.name}: {place}: {error}"))
+            return None
+        except Exception as error:  # noqa: BLE001 - hostile bytes, or an agent that can't tell the lane
+            work.envelope = None
+            self._handling.unreadable(work, error)
+            self._finish(work)
+            return None
+        lane = partition.lanes.get(key)
+        if lane is None:
+            lane = partition.lanes[key] = Lane(key, partition.rank)
+        return lane
+
+    def _skip(self, work: Work) -> None:
+        self.stats.skipped += 1
+        self._finish(work)
 
     # Handlers.
 
     async def _handle(self, work: Work) -> None:
         try:
-            await self._handling.handle(work)
+            if (self._cancelled or work.trial is not None) and self._is_cancelled(work):
+                self._handling.cancelled(work)
+                wait_s = None
+            elif work.order < work.partition.suspect_until:
+                wait_s = await self._suspects.run(work)
+            else:
+                wait_s = await self._handling.handle(work)
         except asyncio.CancelledError:
-            # Only a revoked partition's handlers are cancelled: the event is its next owner's.
-            self._fetcher.settle(1)
+            # Its partition is revoked, and the event its next owner's.
+            self._fetcher.settle(work.settles, work.partition.rank)
+            self._parking.left(work)
             raise
-        self._finish(work)
+        if wait_s is None:
+            self._finish(work)
+        else:
+            self._parking.wait(work.partition.lanes[work.lane], work, wait_s)
 
     def _finish(self, work: Work) -> None:
-        work.partition.uncommitted += 1
-        self._finished.append(work)
-        if not self._wake.is_set():
-            self._wake.set()
+        if not work.settles:
+            self._parking.left(work)
+        self._committer.add(work)
+        if work.partition.timers.changed:
+            self._firing.look()
 
-    # Transactions.
+    # Cancellation.
 
-    async def _commit_forever(self, threads: ThreadPoolExecutor) -> None:
-        loop = asyncio.get_running_loop()
-        last = 0.0
-        while True:
-            await self._wake.wait()
-            wait = self._commit_interval_s - (time.monotonic() - last)
-            if wait > 0 and not self._stop.is_set():
-                await asyncio.sleep(wait)
-            self._wake.clear()
-            last = started = time.monotonic()
-            # Read before results are selected: were the membership lost in between, the transaction would be fenced.
-            group = self._fetcher.group_metadata()
-            if group is None:
-                if self._finished or self._selected:
-                    await asyncio.sleep(_ABORTED_BACKOFF_S)
-                    self._drop_disowned()
-                    self._wake.set()
+    def cancel_step(self, step_id: str, reason: str) -> None:
+        """End the step, whether it runs, waits in its lane or waits for another attempt.
+
+        What it decided is dropped, what it paid for is recorded. ``cancelled`` should have it too, for what arrives
+        later.
+        """
+        for worker in list(self._dispatcher.workers) if hasattr(self, "_dispatcher") else ():
+            work = worker.item
+            if work is not None and _is_step(work, step_id) and worker.task is not None:
+                work.tried().cancelled = reason
+                worker.task.cancel()
+        for partition in self._owned.values():
+            lane = partition.lanes.get(step_id)
+            if lane is None:
                 continue
-            messages, offsets = self._select()
-            if offsets:
-                try:
-                    commit = partial(self._transactor.commit, messages, offsets, group, diagnose=self._diagnose)
-                    await loop.run_in_executor(threads, commit)
-                except TransactionAbortedError as error:
-                    await self._aborted(error)
-                    continue
-                except RecordRejectedError as error:
-                    await self._rejected(error)
-                    continue
-                self._done(time.monotonic() - started)
-            self._committed.set()
-            if self._finished and offsets:
-                self._wake.set()
+            for work in lane.items:
+                if _is_step(work, step_id):
+                    work.tried().cancelled = reason
+            if lane.held:
+                self._dispatcher.release(lane)
 
-    def _select(self) -> tuple[list[Outgoing], list[TopicPartition]]:
-        """The messages and offsets of the next transaction; their works are in ``_selected``."""
-        selected = [work for work in self._selected if self._kept(work)]
-        self._selected = selected
-        messages: list[Outgoing] = []
-        done: dict[Partition, list[int]] = {}
-        for work in selected:  # of an aborted transaction; their offsets are out of the trackers already
-            messages += work.messages
-            done.setdefault(work.partition, [])
-        size = sum(work.bytes for work in selected)
-        finished = self._finished
-        taken = len(selected)
-        if not taken:
-            while finished and len(messages) < _MAX_MESSAGES and size < _MAX_BYTES:
-                work = finished.popleft()
-                if not self._kept(work):
-                    continue
-                selected.append(work)
-                if work.messages:
-                    messages += work.messages
-                    size += work.bytes
-                offsets = done.get(work.partition)
-                if offsets is None:
-                    done[work.partition] = [work.offset]
-                else:
-                    offsets.append(work.offset)
-        places = []
-        held_back = False
-        for partition, offsets in done.items():
-            checkpoint = partition.tracker.checkpoint(offsets)
-            if checkpoint is None:
-                continue
-            if checkpoint.cutoff is not None:
-                held_back |= self._hold_back(partition, checkpoint.cutoff)
-            places.append(TopicPartition(partition.topic, partition.number, checkpoint.offset, checkpoint.metadata))
-        if held_back:
-            messages = [message for work in self._selected for message in work.messages]
-        return messages, places if self._selected else []
-
-    def _hold_back(self, partition: Partition, cutoff: int) -> bool:
-        """Put results back that the finished-offset map has no room for. Within a lane that keeps the order."""
-        back = [work for work in self._selected if work.partition is partition and work.offset >= cutoff]
-        if back:
-            held = set(map(id, back))
-            self._selected = [work for work in self._selected if id(work) not in held]
-            self._finished.extendleft(reversed(back))
-        return bool(back)
-
-    def _kept(self, work: Work) -> bool:
-        if work.partition.owned:
+    def _is_cancelled(self, work: Work) -> bool:
+        if work.trial is not None and work.trial.cancelled is not None:
             return True
-        self._fetcher.settle(1)
-        return False
+        reason = self._cancelled.get(work.lane)
+        if reason is None or not _is_step(work, work.lane):
+            return False
+        work.tried().cancelled = reason
+        return True
 
-    def _drop_disowned(self) -> None:
-        self._selected = [work for work in self._selected if self._kept(work)]
-        self._finished = deque(work for work in self._finished if self._kept(work))
-
-    def _done(self, took_s: float) -> None:
-        stats = self.stats
-        selected, self._selected = self._selected, []
-        now = time.monotonic()
-        for work in selected:
-            work.partition.uncommitted -= 1
-            if work.envelope is None and not work.dead:
-                continue
-            stats.events_in += 1
-            stats.events_out += work.outputs
-            stats.dead_letters += work.dead
-        stats.latencies.extend(now - work.since for work in selected[:: 1 + len(selected) // 64])
-        stats.commit_latencies.append(took_s)
-        stats.transactions += 1
-        self._diagnose = False
-        self._aborts = 0
-        self._fetcher.settle(len(selected))
-
-    async def _aborted(self, error: TransactionAbortedError) -> None:
-        """The same results go into the next transaction, those excepted whose partition is gone by then."""
-        self.stats.aborted += 1
-        self._aborts += 1
-        # A rebalance moves on by itself; if it is a message, the second try finds out which.
-        self._diagnose = self._aborts > 1
-        log.info("%s: %s; trying again", self.name, error)
-        if self._aborts > _MAX_ABORTS:
-            raise ClusterError(f"{self.name}: {self._aborts} transactions in a row were aborted: {error}")
-        await asyncio.sleep(min(1.0, _ABORTED_BACKOFF_S * self._aborts))
-        self._wake.set()
-
-    async def _rejected(self, error: RecordRejectedError) -> None:
-        """One message can't be had by the broker: its event fails, and the rest is committed without it."""
-        at = error.index
-        for work in self._selected:
-            if at < len(work.messages):
-                log.warning("%s: %s refuses an output: %s", self.name, work.messages[at][0], error)
-                self._handling.rejected(work, at, str(error))
-                break
-            at -= len(work.messages)
-        self._wake.set()
+    # What is due each second.
 
     async def _tick_forever(self) -> None:
-        """What is due each second: offsets that moved without results, expired state, hung handlers, figures."""
+        """Offsets that moved without results, expired state, hung handlers, figures."""
         while True:
             await asyncio.sleep(_TICK_S)
-            stats, partitions = self.stats, self._partitions.values()
+            stats = self.stats
             stats.in_flight = self._fetcher.in_flight
-            for partition in partitions:
+            stats.parked = self._parking.parked
+            lag = 0
+            for partition in self._owned.values():
                 partition.expire_due = True
-            stats.lag = self._lag()
+                end = self._fetcher.high_watermark(partition.topic, partition.number)
+                first = partition.tracker.first_unfinished or 0
+                lag += max(0, end - first)
+                self._suspects.clear(partition, end)
+            stats.lag = lag
             self._cancel_hung()
-            self._wake.set()
-
-    def _lag(self) -> int:
-        lag = 0
-        for partition in self._partitions.values():
-            high = self._fetcher.high_watermark(partition.topic, partition.number)
-            first = partition.tracker.first_unfinished
-            if first is not None and high > first:
-                lag += high - first
-        return lag
+            self._committer.wake()
 
     def _cancel_hung(self) -> None:
         """A handler waits for nothing but its effects, which have a time limit; one that does is ended here."""
@@ -493,13 +517,12 @@ class Processor:
             return
         now = asyncio.get_running_loop().time()
         for worker in self._dispatcher.workers:
-            if (
-                worker.item is not None
-                and worker.task is not None
-                and now - worker.since > limit
-                and not worker.item.hung
-            ):
-                worker.item.hung = True
+            work = worker.item
+            if work is None or worker.task is None or now - worker.since <= limit:
+                continue
+            trial = work.tried()
+            if not trial.hung and now - trial.began > limit:
+                trial.hung = True
                 worker.task.cancel()
 
 
@@ -507,9 +530,6 @@ def _lane_idle(lane: Lane[Work], work: Work) -> None:
     work.partition.lanes.pop(lane.key, None)
 
 
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        pass
+def _is_step(work: Work, step_id: str) -> bool:
+    event = None if work.envelope is None else work.envelope.event
+    return isinstance(event, StepAssigned) and event.step_id == step_id
