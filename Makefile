@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed-$(if $(wildcard $(VENV)/.packages-dev),dev,runti
 
 LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
 
-.PHONY: install demo test bench lint lock clean
+.PHONY: install demo test chaos bench lint lock clean
 .DEFAULT_GOAL := demo
 
 install: $(INSTALLED)
@@ -22,6 +22,10 @@ demo: $(INSTALLED)
 
 test: $(VENV)/.installed-dev
 	@$(call run_all,$(LINTS) "pytest")
+
+# The long run: faults against a million events. tests/chaos/__main__.py lists the options, such as CHAOS_BROKERS=3.
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.chaos
 
 lint: $(VENV)/.installed-dev
 	@$(call run_all,$(LINTS))

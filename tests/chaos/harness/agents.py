@@ -1,0 +1,131 @@
+"""The agents under test, and the outside world that one of them calls.
+
+In: StepAssigned events whose ``parameters`` say what to do. Out: answers that follow from the input alone, so that a
+checker can tell each one in advance, and a file that names every real call with its time and idempotency key.
+"""
+
+import asyncio
+import hashlib
+import os
+import random
+import time
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict
+
+from agents.agent import Agent, Failure
+from agents.context import Context, LlmRequest, LlmResponse, Message, Purpose
+from schemas.events import StepAssigned, StepCompleted, StepFailed
+
+__all__ = ["CALLER", "SUMMER", "CallLog", "Caller", "Summer", "answer_of", "call_answer"]
+
+SUMMER: Final = "chaos-summer"
+CALLER: Final = "chaos-caller"
+_SLOW_CALL_S: Final = 0.3
+
+
+class Total(BaseModel):
+    """What both keep a lane: a sum, and how many events it stands for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sum: int = 0
+    count: int = 0
+
+
+def completed(event: StepAssigned, answer: str) -> StepCompleted:
+    return StepCompleted(
+        task_id=event.task_id,
+        step_id=event.step_id,
+        attempt=event.attempt,
+        capability=event.capability,
+        objective=event.objective,
+        answer=answer,
+    )
+
+
+class Summer(Agent[Total]):
+    """Sums each task's numbers; a few events wait, so that others overtake and the offsets done are no prefix."""
+
+    name, version = SUMMER, "1"
+    consumes = (StepAssigned,)
+    emits = (StepCompleted,)
+    state_type = Total
+
+    async def handle(self, event: StepAssigned, ctx: Context[Total]) -> None:
+        if random.random() < 0.02:
+            await asyncio.sleep(random.random() * 0.2)
+        before = ctx.state or Total()
+        ctx.state = Total(sum=before.sum + int(event.parameters["number"]), count=before.count + 1)
+        ctx.emit(completed(event, str(ctx.state.sum)))
+
+
+def call_answer(question: str) -> str:
+    """What the outside world answers to ``question``, always."""
+    return hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+
+
+def answer_of(event: StepAssigned, count: int) -> str:
+    """What :class:`Caller` answers to the ``count``-th event of its lane that does not fail."""
+    calls = int(event.parameters["calls"])
+    return f"{count}:" + ",".join(call_answer(f"{event.step_id}#{number}") for number in range(calls))
+
+
+class Caller(Agent[Total]):
+    """Makes an event's ``calls`` calls, side by side or (``order`` = ``serial``) one after the other, then counts.
+
+    An event with ``fail`` gives up after its calls: it must end in dead-letters, leave a StepFailed and no state.
+    """
+
+    name, version = CALLER, "1"
+    consumes = (StepAssigned,)
+    emits = (StepCompleted, StepFailed)
+    state_type = Total
+
+    async def handle(self, event: StepAssigned, ctx: Context[Total]) -> None:
+        async def call(number: int) -> str:
+            question = Message(role="user", content=f"{event.step_id}#{number}")
+            return (await ctx.scope(str(number)).llm(LlmRequest(purpose=Purpose.ANSWER, messages=(question,)))).text
+
+        numbers = range(int(event.parameters["calls"]))
+        if event.parameters.get("order") == "serial":
+            answers = [await call(number) for number in numbers]
+        else:
+            answers = await asyncio.gather(*map(call, numbers))
+        if "fail" in event.parameters:
+            raise ValueError("told to fail")
+        before = ctx.state or Total()
+        ctx.state = Total(count=before.count + 1)
+        ctx.emit(completed(event, f"{ctx.state.count}:" + ",".join(answers)))
+
+    async def on_failure(self, event: StepAssigned, failure: Failure, ctx: Context[Total]) -> None:
+        ctx.emit(
+            StepFailed(
+                task_id=event.task_id,
+                step_id=event.step_id,
+                attempt=event.attempt,
+                error_type=failure.error_type,
+                message=failure.message,
+                retryable=failure.retryable,
+            )
+        )
+
+
+class CallLog:
+    """A language model that answers after up to 300 ms, and whose every call is on disk before it is made.
+
+    A line a call: nanoseconds since the epoch, process id, question, idempotency key. The file is appended to with one
+    write a line, so lines of processes that were killed are whole.
+    """
+
+    name = "chaos"
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    async def complete(self, request: LlmRequest, *, idempotency_key: str = "") -> LlmResponse:
+        question = request.messages[-1].content
+        os.write(self._file, f"{time.time_ns()}\t{os.getpid()}\t{question}\t{idempotency_key}\n".encode())
+        await asyncio.sleep(random.random() * _SLOW_CALL_S)
+        return LlmResponse(text=call_answer(question), provider=self.name, model=self.name, completion_tokens=1)
