@@ -1,4 +1,4 @@
-"""The short form of the chaos suite: few events, a fixed plan, on one node and on three. `make chaos` is the long form."""
+"""The short form of the chaos suite: few events, fixed plans, one node and three. The long form is ``make chaos``."""
 
 from pathlib import Path
 
