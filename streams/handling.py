@@ -128,9 +128,14 @@ class Handling:
     def _journal_of(self, work: Work, cause: Metadata) -> Journal:
         recorded: Sequence[Effect] = ()
         effects = work.partition.effects
+        if work.trace is not None:
+            work.trace.begin()
         if effects and (records := effects.get(cause.id)) is not None:
-            recorded = [event for record in records if isinstance(event := self._codec.decode(record).event, Effect)]
+            restored = [self._codec.decode(record) for record in records]
+            recorded = [made.event for made in restored if isinstance(made.event, Effect)]
             work.tried().restored = tuple(effect.sequence for effect in recorded)
+            if work.trace is not None:
+                work.trace.restored = tuple(restored)
         return Journal(
             agent=self._agent.name,
             source=self._source,
@@ -303,6 +308,8 @@ class Handling:
             error[:500],
         )
         work.dead = True
+        if work.trace is not None:
+            work.trace.error = failure.error_type, error[:500]
         messages.append(self._messages.dead_letter(work.record, envelope.metadata, failure.error_type, error, attempts))
         messages += self._effects(work, journal, skip_unrecordable=True)
         self._leave(work, result, messages)
@@ -356,6 +363,10 @@ class Handling:
         journal, work.journal = work.journal, None
         if journal is not None and journal.performed:
             self._count_cost(journal.performed)
+        if work.trace is not None:
+            attempt = 1 if work.trial is None else work.trial.attempt
+            work.trace.handled(() if journal is None else journal.performed, attempt)
+            work.committed = work.trace.committed
         if work.trial is not None:
             self._forget(work, work.trial)
         if partition.expire_due:

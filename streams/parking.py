@@ -44,6 +44,7 @@ class Parking:
     def wait(self, lane: Lane[Work], work: Work, wait_s: float) -> None:
         """Run ``work``, which runs now, again after so many seconds, and what is behind it in ``lane`` after that."""
         self._dispatcher.hold(lane, work)
+        work.tried().due = time.time() + wait_s
         if wait_s >= self._binding.park_after_s and self._park(work, int((time.time() + wait_s) * 1000)):
             for behind in list(lane.items)[1:]:
                 if not _is_parked(behind) and not self._park(behind, 0):
@@ -68,7 +69,7 @@ class Parking:
             work = Work(partition, parked.record, monotonic)
             work.offset, work.settles = -1, 0
             trial = work.tried()
-            trial.parked, trial.attempt = True, max(parked.attempt, 1)
+            trial.parked, trial.attempt, trial.due = True, max(parked.attempt, 1), parked.due_ms / 1000
             self.parked += 1
             lane = self._read(work)
             if lane is None:

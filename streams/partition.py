@@ -5,7 +5,7 @@ In: a partition's place, its committed offset and what was restored. Out: plain 
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from agents.journal import Journal
 from schemas.events import Priority
@@ -18,6 +18,9 @@ from streams.offsets import OffsetTracker
 from streams.state import StateStore
 from streams.timers import Timers
 from streams.transactor import Outgoing
+
+if TYPE_CHECKING:
+    from streams.tracing import StepTrace
 
 __all__ = ["AFTER_ALL", "Entry", "Partition", "Trial", "Work"]
 
@@ -123,6 +126,7 @@ class Trial:
         "attempt",
         "began",
         "cancelled",
+        "due",
         "durable",
         "hung",
         "journalled",
@@ -142,6 +146,8 @@ class Trial:
         self.hung = False
         self.began = 0.0
         """When its run began (event loop time), if later than its worker took it; infinite while it waits its turn."""
+        self.due = 0.0
+        """When it is to run again (seconds since the epoch); 0 when nobody has said so."""
         self.restored: tuple[int, ...] = ()
         """Sequence numbers of the effects that an earlier owner journalled."""
         self.journalled = 0
@@ -159,7 +165,7 @@ class Trial:
 class Work(Entry):
     """One event in flight, and when it is finished what it leaves."""
 
-    __slots__ = ("dead", "envelope", "journal", "lane", "outputs", "record", "since", "trial")
+    __slots__ = ("dead", "envelope", "journal", "lane", "outputs", "record", "since", "trace", "trial")
 
     def __init__(self, partition: Partition, record: Record, since: float) -> None:
         self.partition = partition
@@ -177,6 +183,8 @@ class Work(Entry):
         self.journal: Journal | None = None
         """While it runs, or waits for another attempt."""
         self.trial: Trial | None = None
+        self.trace: StepTrace | None = None
+        """Where its trace is recorded."""
 
     def tried(self) -> Trial:
         """Its :class:`Trial`, made when it is first asked for."""

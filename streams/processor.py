@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
@@ -45,6 +45,9 @@ from streams.stats import Stats
 from streams.suspects import Suspects, owner_left, owner_marker
 from streams.transactor import Transactor
 
+if TYPE_CHECKING:
+    from streams.tracing import Tracer
+
 __all__ = ["Processor"]
 
 _TICK_S: Final = 1.0
@@ -66,7 +69,8 @@ class Processor:
     no two living processes may share one, and a restarted process should have its old one
     (:class:`streams.slots.SlotLock`). ``commit_interval_s`` is the least time between two commits: 0 commits as soon
     as the last commit is through. ``drain_timeout_s`` bounds a graceful stop's wait for running handlers.
-    ``cancelled`` holds the steps that are not to be run, by step_id, with the reason; its owner adds to it.
+    ``cancelled`` holds the steps that are not to be run, by step_id, with the reason; its owner adds to it. ``tracer``
+    gets the spans of committed steps, None where nothing is traced.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Processor:
         drain_timeout_s: float = 10.0,
         session_timeout_ms: int = 10_000,
         cancelled: Mapping[str, str] | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self.binding = binding
         self.stats = Stats()
@@ -91,6 +96,7 @@ class Processor:
         self._drain_timeout_s = drain_timeout_s
         self._session_timeout_ms = session_timeout_ms
         self._cancelled: Mapping[str, str] = {} if cancelled is None else cancelled
+        self._tracer = tracer
         agent = binding.agent
         self.name = instance_id(binding.group, slot)
         self._consumes = frozenset(agent.consumes)
@@ -133,6 +139,8 @@ class Processor:
     @property
     def trouble(self) -> str:
         """Why nothing is committed at the moment; empty while all goes well."""
+        if self._failure is not None:
+            return str(self._failure)
         return self._committer.trouble if hasattr(self, "_committer") else "it starts"
 
     def stop(self) -> None:
@@ -421,6 +429,8 @@ class Processor:
             self._handling.unreadable(work, error)
             self._finish(work)
             return None
+        if self._tracer is not None:
+            work.envelope, work.trace = self._tracer.begin(agent.name, envelope, work.record)
         lane = partition.lanes.get(key)
         if lane is None:
             lane = partition.lanes[key] = Lane(key, partition.rank)

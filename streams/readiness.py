@@ -6,9 +6,11 @@ or has a partition whose first unfinished offset stays the same for longer than 
 hands. Waiting for an event that nobody produced is no stall, nor is a parked one: its offset is finished.
 """
 
+import math
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -166,17 +168,17 @@ class Readiness:
     def _look(self, now: float, seen: set[tuple[Any, ...]]) -> Iterable[Cause]:
         processor = self._processor
         name = processor.name
-        restoring: Collection[Place] = getattr(processor, "restoring", ())
+        trouble, restoring = processor.trouble, processor.restoring
         if not processor.joined and not restoring:
             for_s = self._for_s(now, seen, Kind.NOT_JOINED)
             said = f"{name} is not in its group {processor.binding.group}, for {for_s:.0f} s"
+            said += f": {trouble}" if trouble else ""
             yield Cause(Kind.NOT_JOINED, name, said, for_s)
         for topic, number in sorted(restoring):
             for_s = self._for_s(now, seen, Kind.RESTORING, topic, number)
             said = f"{name} restores the state of {topic}[{number}], for {for_s:.0f} s"
             yield Cause(Kind.RESTORING, name, said, for_s, topic, number)
-        trouble = processor.trouble
-        if trouble:
+        if trouble and processor.joined:
             for_s = self._for_s(now, seen, Kind.NOT_COMMITTING)
             if for_s >= _TROUBLE_S:
                 said = f"{name} has committed nothing for {for_s:.0f} s: {trouble}"
@@ -219,7 +221,7 @@ class Readiness:
             work = worker.item
             if work is None or work.partition is not partition:
                 continue
-            doing = f"runs for {max(0.0, now - worker.since):.0f} s in attempt {_attempt(work)}"
+            doing = _running(work, worker.since, now)
             if work.offset == offset:
                 return work, doing
             running[work.lane] = f"waits for offset {work.record.offset} of its lane, which {doing}"
@@ -232,7 +234,7 @@ class Readiness:
                 first = lane.items[0]
                 doing = f"waits for one of {self._processor.binding.concurrency} handlers to be free"
                 if lane.held:
-                    doing = f"waits for attempt {_attempt(first)}"
+                    doing = f"waits for attempt {_attempt(first)}{_due(first)}"
                 return (
                     work,
                     doing if work is first else f"waits for offset {first.record.offset} of its lane, which {doing}",
@@ -241,6 +243,19 @@ class Readiness:
             trouble = self._processor.trouble
             return None, f"is finished and waits for its commit{f': {trouble}' if trouble else ''}"
         return None
+
+
+def _running(work: "Work", since: float, now: float) -> str:
+    began = since if work.trial is None else max(since, work.trial.began)
+    if began == math.inf:
+        return "waits for its turn to run alone, since it may have ended its last process"
+    return f"runs for {max(0.0, now - began):.0f} s in attempt {_attempt(work)}"
+
+
+def _due(work: "Work") -> str:
+    if work.trial is None or not work.trial.due:
+        return ""
+    return f", due at {datetime.fromtimestamp(work.trial.due, UTC):%H:%M:%S} UTC"
 
 
 def _attempt(work: "Work") -> int:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from agents.context import Ports
 from schemas.codec import Codec
@@ -21,6 +21,9 @@ from streams.garbage import collecting_seldom
 from streams.processor import Processor
 from streams.readiness import Readiness
 from streams.telling import INTERVAL_S, Teller
+
+if TYPE_CHECKING:
+    from streams.tracing import Tracer
 
 __all__ = ["Runner"]
 
@@ -37,7 +40,7 @@ class Runner:
     A processor that stops with a retryable error (Kafka or the registry away) is started again with backoff. So is one
     that was fenced: the machine slept, or a transaction timed out while the broker was away. Fenced again within a
     minute it has a rival with the same slot. That, and any other error, stops them all, gracefully, and is raised by
-    :meth:`run`. ``stalled_after_s`` is :class:`~streams.readiness.Readiness`'s.
+    :meth:`run`. ``stalled_after_s`` is :class:`~streams.readiness.Readiness`'s, ``tracer`` the processors'.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Runner:
         drain_timeout_s: float = 10.0,
         telemetry: bool = True,
         stalled_after_s: float | None = None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._bindings = tuple(bindings)
         self._codec = codec
@@ -62,6 +66,7 @@ class Runner:
         self._drain_timeout_s = drain_timeout_s
         self._telemetry = telemetry
         self._stalled_after_s = stalled_after_s
+        self._tracer = tracer
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
         self._cancelled = CancelledSteps()
@@ -124,6 +129,7 @@ class Runner:
                 commit_interval_s=self._commit_interval_s,
                 drain_timeout_s=self._drain_timeout_s,
                 cancelled=self._cancelled,
+                tracer=self._tracer,
             )
             self.readiness[binding.agent.name] = Readiness(processor, stalled_after_s=self._stalled_after_s)
             started = time.monotonic()

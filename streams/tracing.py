@@ -51,7 +51,6 @@ class StepTrace:
         "_began_ns",
         "_context",
         "_effects",
-        "_error",
         "_event_type",
         "_handled_ns",
         "_original",
@@ -59,7 +58,9 @@ class StepTrace:
         "_record",
         "_tracer",
         "attempt",
+        "error",
         "metadata",
+        "restored",
     )
 
     def __init__(
@@ -81,22 +82,22 @@ class StepTrace:
         self._began_ns = time.time_ns()
         self._handled_ns = 0
         self._effects: tuple[Envelope, ...] = ()
-        self._error: tuple[str, str] | None = None
         self.attempt = 1
+        self.restored: tuple[Envelope, ...] = ()
+        """Calls that an earlier owner made and journalled before it lost the event."""
+        self.error: tuple[str, str] | None = None
+        """Why the step failed for good: the error's type and message."""
         self.metadata = _with_traceparent(envelope.metadata, str(context))
 
     def begin(self) -> None:
-        """The handler starts (again)."""
+        """The handler starts, for the first time."""
         self._began_ns = time.time_ns()
 
-    def handled(self, effects: Iterable[Envelope], *, attempt: int = 1, error: tuple[str, str] | None = None) -> None:
-        """The handler is through, for good, after ``attempt`` attempts: with its calls, and when it failed with the
-        error's type and message.
-        """
+    def handled(self, effects: Iterable[Envelope], attempt: int) -> None:
+        """The handler is through, for good, with these calls, in its ``attempt`` (from 1)."""
         self._handled_ns = time.time_ns()
         self._effects = tuple(effects)
         self.attempt = attempt
-        self._error = error
 
     def committed(self) -> None:
         """Its transaction is through: hand its spans on."""
@@ -124,8 +125,8 @@ class StepTrace:
             "magnatronic.attempt": self.attempt,
         }
         status = Status(StatusCode.UNSET)
-        if self._error is not None:
-            attributes["error.type"], description = self._error
+        if self.error is not None:
+            attributes["error.type"], description = self.error
             status = Status(StatusCode.ERROR, description)
         yield ReadableSpan(
             f"process {record.topic}",
@@ -141,7 +142,7 @@ class StepTrace:
             end_time=now_ns,
             instrumentation_scope=_SCOPE,
         )
-        for effect in self._effects:
+        for effect in (*self.restored, *self._effects):
             span = effect_span(effect, resource)
             if span is not None:
                 yield span

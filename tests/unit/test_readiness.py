@@ -1,6 +1,7 @@
 """Why a processor is not ready: the cause by name, and nothing said where nothing is wrong."""
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -100,6 +101,10 @@ def test_who_has_not_joined_is_not_ready(shown: Shown) -> None:
     [cause] = readiness.check(7.0)
     assert cause.kind is Kind.NOT_JOINED
     assert cause.message == "magnatronic.sleeper-host-0 is not in its group magnatronic.sleeper, for 7 s"
+    shown.trouble = "the registry is away"
+    [cause] = readiness.check(8.0)
+    assert cause.message.endswith("for 8 s: the registry is away")
+    shown.trouble = ""
     shown.joined = True
     assert readiness.check(8.0) == ()
 
@@ -149,6 +154,15 @@ def test_the_attempt_is_told(shown: Shown) -> None:
     assert stalled(shown).message.endswith("it runs for 95 s in attempt 3")
 
 
+def test_a_suspect_that_waits_for_its_turn_says_so(shown: Shown) -> None:
+    made = work(shown.partitions[0], 7, "task-a")
+    run(shown, made)
+    made.tried().began = math.inf
+    assert "it waits for its turn to run alone" in stalled(shown).message
+    made.tried().began = 40.0
+    assert stalled(shown).message.endswith("it runs for 55 s in attempt 1")
+
+
 def test_an_event_behind_another_of_its_lane_names_that_one(shown: Shown) -> None:
     # A parked event's offset is finished, so that it is a later one of its lane that holds the partition.
     owner = shown.partitions[0]
@@ -168,11 +182,12 @@ async def test_an_event_that_waits_for_its_next_attempt_says_so(shown: Shown) ->
     lane.items.clear()
     work(owner, 8, "task-a")
     first.tried().attempt = 2
+    first.tried().due = datetime(2030, 1, 1, 12, 30, 5, tzinfo=UTC).timestamp()
     dispatcher: Dispatcher[Work] = Dispatcher(
         lambda _: asyncio.sleep(0), concurrency=4, idle=lambda *_: None, failed=lambda _: None
     )
     dispatcher.hold(lane, first)
-    assert "it waits for attempt 2" in stalled(shown).message
+    assert stalled(shown).message.endswith("it waits for attempt 2, due at 12:30:05 UTC")
     owner.tracker.checkpoint([7])
     assert "waits for offset 7 of its lane, which waits for attempt 2" in stalled(shown).message
 

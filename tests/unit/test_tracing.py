@@ -144,7 +144,7 @@ def test_a_step_is_the_child_of_what_caused_it_and_the_parent_of_what_it_emits()
     own = parse(envelope.metadata.traceparent)
     assert own == TraceContext(OUTSIDE.trace_id, derived_span_id("event-1", "decomposer"))
     assert collected.spans == {}
-    trace.handled([])
+    trace.handled([], 1)
     assert collected.spans == {}  # nothing is told before the commit
     trace.committed()
     assert list(collected.spans) == ["process tasks.normal"]
@@ -200,7 +200,7 @@ def test_an_event_from_outside_without_a_span_gets_one_for_its_publishing(tracep
 def test_a_call_is_the_child_of_its_step_and_tells_no_content() -> None:
     collected = Collected()
     envelope, trace = collected.step(submitted())
-    trace.handled([called(envelope.metadata)], attempt=2)
+    trace.handled([called(envelope.metadata)], 2)
     trace.committed()
     span, step = collected.spans["chat gemini-9"], collected.spans["process tasks.normal"]
     assert parent_of(span) == ids(step).span_id
@@ -227,7 +227,8 @@ def test_a_failed_call_and_a_failed_step_say_so() -> None:
     collected = Collected()
     envelope, trace = collected.step(submitted())
     error = canonical_json({"type": "RateLimited", "message": "later", "retryable": True})
-    trace.handled([called(envelope.metadata, error=error, response="")], attempt=3, error=("RateLimited", "gave up"))
+    trace.error = "RateLimited", "gave up"
+    trace.handled([called(envelope.metadata, error=error, response="")], 3)
     trace.committed()
     span, step = collected.spans["chat gemini-9"], collected.spans["process tasks.normal"]
     assert attributes(span)["error.type"] == attributes(step)["error.type"] == "RateLimited"
@@ -331,7 +332,7 @@ def test_spans_arrive_at_a_collector_as_otlp(collector: Collector) -> None:
     tracer = Tracer(BatchSpanProcessor(OTLPSpanExporter(f"{collector.url}/v1/traces")), instance="host-up-0")
     envelope, trace = tracer.begin("decomposer", submitted(), record_of())
     assert trace is not None
-    trace.handled([called(envelope.metadata)])
+    trace.handled([called(envelope.metadata)], 1)
     trace.committed()
     tracer.close()
     [(path, content_type, body)] = collector.requests
