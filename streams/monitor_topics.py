@@ -1,0 +1,99 @@
+"""What the Monitor needs of Kafka before its Faust app starts: changelogs, and where to begin.
+
+In: librdkafka settings. Out: the app's changelogs, compacted and with as many partitions as their sources, and
+committed offsets for a group that has none, or that has been away for so long that nobody needs alerts about what it
+missed. Faust could create topics by itself, but only with a number of replicas that is given, and it would begin
+either with days of figures or, after a crash before its first commit, too late.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from streams.errors import ClusterError, MissingTopicError
+from streams.kafka import reader_settings
+from streams.state import CHANGELOG_CONFIG
+
+__all__ = ["prepare"]
+
+_READ_BACK: Final = timedelta(hours=1)
+"""The longest window is an hour's spending."""
+_TIMEOUT_S: Final = 30.0
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    kafka: Mapping[str, Any],
+    group: str,
+    *,
+    changelogs: Mapping[str, str],
+    recent: tuple[str, ...],
+    replication_factor: int,
+) -> None:
+    """Create ``changelogs`` (name to source topic) and let ``group`` begin at most an hour back in ``recent`` topics.
+
+    Raises:
+        MissingTopicError: a source topic does not exist.
+        ClusterError: Kafka does not answer, or refuses.
+    """
+    try:
+        admin = AdminClient(dict(kafka))
+        known = admin.list_topics(timeout=_TIMEOUT_S).topics
+        missing = sorted({*changelogs.values(), *recent} - known.keys())
+        if missing:
+            raise MissingTopicError(
+                f"{group}: the cluster has no topic {', '.join(missing)}; `magnatronic up` and `run` create them"
+            )
+        counts = {name: len(known[source].partitions) for name, source in changelogs.items()}
+        _create(admin, {name: count for name, count in counts.items() if name not in known}, replication_factor)
+        for name, count in counts.items():
+            if name in known and len(known[name].partitions) != count:
+                raise ClusterError(
+                    f"{changelogs[name]} has {count} partitions and {name} {len(known[name].partitions)}; "
+                    f"delete {name}: what it holds is made again"
+                )
+        _begin(kafka, group, [TopicPartition(topic, number) for topic in recent for number in known[topic].partitions])
+    except KafkaException as error:
+        raise ClusterError(f"{group}: {error.args[0].str()}") from error
+
+
+def _create(admin: AdminClient, counts: Mapping[str, int], replication_factor: int) -> None:
+    new = [NewTopic(name, count, replication_factor, config=dict(CHANGELOG_CONFIG)) for name, count in counts.items()]
+    for created in admin.create_topics(new, operation_timeout=_TIMEOUT_S).values() if new else ():
+        try:
+            created.result(_TIMEOUT_S)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
+
+
+def _begin(kafka: Mapping[str, Any], group: str, places: list[TopicPartition]) -> None:
+    since_ms = int((time.time() - _READ_BACK.total_seconds()) * 1000)
+    consumer = Consumer({**reader_settings(kafka, group), "group.id": group})
+    try:
+        asked = [TopicPartition(place.topic, place.partition, since_ms) for place in places]
+        earliest = {}
+        for place in consumer.offsets_for_times(asked, timeout=_TIMEOUT_S):
+            offset = place.offset
+            if offset < 0:  # no record is that young
+                _, offset = consumer.get_watermark_offsets(place, timeout=_TIMEOUT_S)
+            earliest[place.topic, place.partition] = offset
+        moved = [
+            TopicPartition(place.topic, place.partition, earliest[place.topic, place.partition])
+            for place in consumer.committed(places, timeout=_TIMEOUT_S)
+            if place.offset < earliest[place.topic, place.partition]
+        ]
+        if moved:
+            try:
+                consumer.commit(offsets=moved, asynchronous=False)
+            except KafkaException as error:
+                # The group has a living member: it reads on where it is.
+                log.info("%s begins where another of its members is: %s", group, error.args[0].str())
+    finally:
+        consumer.close()
