@@ -123,7 +123,7 @@ async def test_a_long_wait_is_parked_and_survives_a_restart(bench: Bench) -> Non
         refusals += 1
         raise EffectFailedError("RateLimited", "slow down", retryable=True)
 
-    policy = RetryPolicy(attempts=3, backoff_s=4.0)
+    policy = RetryPolicy(attempts=3, backoff_s=12.0)
     binding = replace(bench.binding, park_after_s=0.5, retry_by_error={"RateLimited": policy})
     bench.send("t", ask="a")
     for _ in range(3):
