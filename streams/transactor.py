@@ -6,13 +6,13 @@ error that says what to do next. Everything here blocks; the processor calls it 
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from streams.errors import ClusterError, FencedError, RecordRejectedError, TransactionAbortedError
+from streams.errors import ClusterError, FencedError, MissingTopicError, RecordRejectedError, TransactionAbortedError
 
 __all__ = ["Outgoing", "Transactor"]
 
@@ -22,6 +22,7 @@ Outgoing = tuple[str, bytes | None, bytes | None, list[tuple[str, bytes]] | None
 _INIT_TIMEOUT_S: Final = 60.0
 _CALL_TIMEOUT_S: Final = 10.0
 _PATIENCE_S: Final = 30.0
+_METADATA_TIMEOUT_S: Final = 5.0
 _FULL_QUEUE_POLL_S: Final = 0.05
 _FENCED: Final = frozenset(
     {
@@ -31,7 +32,19 @@ _FENCED: Final = frozenset(
         KafkaError.INVALID_PRODUCER_EPOCH,
     }
 )
-_PURGED: Final = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
+_REFUSALS: Final = frozenset(
+    {
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.RECORD_LIST_TOO_LARGE,
+        KafkaError.INVALID_MSG,
+        KafkaError.INVALID_MSG_SIZE,
+        KafkaError.INVALID_RECORD,
+        KafkaError.INVALID_TIMESTAMP,
+        KafkaError.POLICY_VIOLATION,
+    }
+)
+"""What a broker has against a record itself. All else is the cluster's trouble, such as a leader that is away for so
+long that the record timed out: to give its event up for that would be wrong."""
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +74,7 @@ class Transactor:
         Raises:
             TransactionAbortedError: nothing was committed; a later transaction may carry the same.
             RecordRejectedError: nothing was committed, nor will be as long as that message is part of it.
+            MissingTopicError: nothing was committed; a topic that it goes to is gone.
             FencedError: another producer has this id, or another member this place in the group.
             ClusterError: the cluster can't be reached, or refused for good.
         """
@@ -80,7 +94,23 @@ class Transactor:
                 self._abort()
             for index, error in refused.items():
                 raise RecordRejectedError(index, f"{error.name()}: {error.str()}") from None
+            self._check_topics({message[0] for message in messages})
             raise
+
+    def _check_topics(self, topics: Set[str]) -> None:
+        """A record for a topic that was deleted times out as for a leader that is away. This tells them apart.
+
+        Raises:
+            MissingTopicError: one of ``topics`` does not exist.
+        """
+        try:
+            known = self._producer.list_topics(timeout=_METADATA_TIMEOUT_S).topics
+        except KafkaException:
+            return  # nobody can say; the transaction is tried again
+        if missing := sorted(topics - known.keys()):
+            raise MissingTopicError(
+                f"{self._id}: the cluster has no topic {', '.join(missing)}; create it and start again; nothing is lost"
+            )
 
     def _produce(self, messages: Sequence[Outgoing], refused: dict[int, KafkaError] | None) -> None:
         produce, producer = self._producer.produce, self._producer
@@ -144,7 +174,7 @@ class Transactor:
 
 def _note(refused: dict[int, KafkaError], index: int) -> Callable[[KafkaError | None, Message], None]:
     def delivered(error: KafkaError | None, _: Message) -> None:
-        if error is not None and error.code() not in _PURGED and not error.retriable():
+        if error is not None and error.code() in _REFUSALS:
             refused[index] = error
 
     return delivered
