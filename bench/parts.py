@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, latency, pipeline, sinks, step
+from bench import codec, latency, pipeline, restore, sinks, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -17,12 +17,15 @@ __all__ = ["PARTS", "Part", "Scale"]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured: events of the typed step, rows of a sink's round, tasks, rounds, seconds of a probe."""
+    """How much is measured: events of the typed step, rows of a sink's round, tasks, lanes of a changelog, rounds,
+    seconds of a probe.
+    """
 
     events: int = 100_000
     rows: int = 20_000
     chunks: int = 5_000
     tasks: int = 1_000
+    lanes: int = 1_000_000
     rounds: int = 3
     probe_s: float = 8.0
     is_quick: bool = False
@@ -30,7 +33,7 @@ class Scale:
     @classmethod
     def quick(cls) -> Self:
         """Enough to see that everything runs."""
-        return cls(events=20_000, rows=2_000, chunks=500, tasks=50, rounds=1, probe_s=2.0, is_quick=True)
+        return cls(events=20_000, rows=2_000, chunks=500, tasks=50, lanes=20_000, rounds=1, probe_s=2.0, is_quick=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,10 @@ def _milvus(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return sinks.measure_milvus(bootstrap_servers, chunks=scale.chunks, rounds=scale.rounds)
 
 
+def _restore(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return restore.measure(bootstrap_servers, lanes=scale.lanes, rounds=scale.rounds, log=_log)
+
+
 def _pipeline(_: str, scale: Scale) -> list[Figure]:
     return pipeline.measure(tasks=scale.tasks, rounds=scale.rounds, log=_log)
 
@@ -78,5 +85,6 @@ PARTS: tuple[Part, ...] = (
     Part("latency", True, _latency),
     Part("clickhouse", True, _clickhouse),
     Part("milvus", True, _milvus),
+    Part("restore", True, _restore),
     Part("pipeline", False, _pipeline),
 )

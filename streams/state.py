@@ -22,6 +22,7 @@ from confluent_kafka import (
     IsolationLevel,
     KafkaError,
     KafkaException,
+    Message,
     TopicPartition,
 )
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
@@ -63,7 +64,8 @@ _NO_LEADER_YET: Final = frozenset(
     }
 )
 """What a broker says of a topic that was created a moment ago, or of a partition whose leader has just gone."""
-_BATCH: Final = 10_000
+_BATCH: Final = 500
+"""Few enough to lie in the processor's cache: 10,000 take a third more CPU."""
 _POLL_S: Final = 0.1
 """How long a restore waits for anything before it looks whether it is still wanted."""
 _LATEST: Final = OffsetSpec.latest()
@@ -72,7 +74,6 @@ _EXPIRED_AT_ONCE: Final = 5_000
 _HEAD: Final = re.compile(rb'\{"v":1,"now":(-?\d+),"expires":(-?\d+|null),')
 """What :meth:`StateCodec.dump` begins with: the times are had without parsing the model."""
 _LIFE_SHIFT: Final = 11
-_BULK: Final[Mapping[str, Any]] = {}
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -172,7 +173,7 @@ class StateStore:
             else:
                 now, expires = int(head[1]), int(found)
             if expires is not None:
-                filed.setdefault(_end(now, expires), []).append(lane)
+                filed.setdefault(_end_of(now, expires), []).append(lane)
         self._ends = list(filed)
         heapify(self._ends)
 
@@ -222,13 +223,17 @@ class StateStore:
 
     def _file(self, lane: str, now: datetime, expires_at: datetime) -> None:
         """See to it that the lane is filed, at its expiry or before."""
-        expires = _micros(expires_at)
-        before = self._raw.get(lane)
+        before = self._young.get(lane)
         if before is not None:
-            _, filed_for = self._times(lane, before)
-            if filed_for is not None and filed_for <= expires:
+            if before.expires_at is not None and before.expires_at <= expires_at:
                 return
-        self._put(_end(_micros(now), expires), lane)
+        elif (raw := self._raw.get(lane)) is not None:
+            _, filed_for = self._times(lane, raw)
+            if filed_for is not None and filed_for <= _micros(expires_at):
+                return
+        since_epoch, life = expires_at - _EPOCH, expires_at - now
+        expires_s = since_epoch.days * 86_400 + since_epoch.seconds + 1
+        self._put(_end(life.days * 86_400 + life.seconds, expires_s), lane)
 
     def _put(self, end: int, lane: str) -> None:
         filed = self._filed.get(end)
@@ -274,7 +279,7 @@ class StateStore:
                 if expires is None:
                     continue
                 if expires > timestamp_ms * 1000:
-                    again.append((_end(now, expires), lane))
+                    again.append((_end_of(now, expires), lane))
                 elif lane in busy:
                     again.append((end, lane))
                 else:
@@ -288,10 +293,18 @@ class StateStore:
         return expired
 
 
-def _end(now: int, expires: int) -> int:
-    """Under which second a state is filed, times in microseconds: few different ones, and none before its expiry."""
-    step = 1 << ((expires - now) // 1_000_000 >> _LIFE_SHIFT).bit_length()
-    return -(-expires // (1_000_000 * step)) * step
+def _end(life_s: int, expires_s: int) -> int:
+    """Under which second a state is filed that lives so long from its last decision, to that second since the epoch.
+
+    Never before its expiry, and few different ones, or a heap of a million would be had for a month's markers.
+    """
+    step = 1 << (life_s >> _LIFE_SHIFT).bit_length()
+    return -(-expires_s // step) * step
+
+
+def _end_of(now: int, expires: int) -> int:
+    """The same from microseconds since the epoch."""
+    return _end((expires - now) // 1_000_000, -(-expires // 1_000_000))
 
 
 def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str]) -> None:
@@ -380,7 +393,7 @@ class _Restore:
 
     def run(self) -> dict[_Place, Restored]:
         ends = self._high_watermarks()
-        consumer = Consumer({**reader_settings(self._kafka, f"restore-{uuid4()}"), **_BULK})
+        consumer = Consumer(reader_settings(self._kafka, f"restore-{uuid4()}"))
         try:
             return self._read(consumer, ends)
         finally:
@@ -419,10 +432,15 @@ class _Restore:
             self._cancelled.wait(_LEADER_POLL_S)
 
     def _read(self, consumer: Consumer, ends: Mapping[_Place, int]) -> dict[_Place, Restored]:
-        states: dict[_Place, dict[str, bytes]] = {place: {} for place in ends}
-        others: dict[_Place, dict[bytes, Record]] = {place: {} for place in ends}
+        # By topic, then number: a pair for each record would take a fifth of the time.
+        states: dict[str, dict[int, dict[str, bytes]]] = {topic: {} for topic, _ in ends}
+        others: dict[_Place, dict[bytes, Record]] = {}
+        for topic, number in ends:
+            states[topic][number] = {}
+            others[topic, number] = {}
         waiting = {place for place, end in ends.items() if end > 0}
         consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for topic, number in waiting])
+        prefix, cut = STATE_PREFIX, len(STATE_PREFIX)
         quiet_since = time.monotonic()
         while waiting:
             self._still_wanted()
@@ -435,29 +453,42 @@ class _Restore:
                     )
                 continue
             quiet_since = time.monotonic()
-            prefix, cut = STATE_PREFIX, len(STATE_PREFIX)
             for message in [first, *consumer.consume(_BATCH, 0)]:
-                place = message.topic(), message.partition()
-                error = message.error()
-                if error is not None:
-                    if error.code() == KafkaError._PARTITION_EOF:
-                        if message.offset() >= ends[place]:
-                            waiting.discard(place)
-                    elif not error.retriable() and error.code() not in _NO_LEADER_YET:
-                        raise KafkaException(error)
+                if message.error() is not None:
+                    place = message.topic(), message.partition()
+                    if _is_end(message) and message.offset() >= ends[place]:
+                        waiting.discard(place)
                     continue
                 key, value = message.key(), message.value()
                 if key is None:
-                    raise StateError(f"{place[0]}[{place[1]}]@{message.offset()} has no key; who wrote it?")
+                    raise StateError(
+                        f"{message.topic()}[{message.partition()}]@{message.offset()} has no key; who wrote it?"
+                    )
                 if key.startswith(prefix):
+                    lanes = states[message.topic()][message.partition()]
                     if value is None:
-                        states[place].pop(key[cut:].decode(), None)
+                        lanes.pop(key[cut:].decode(), None)
                     else:
-                        states[place][key[cut:].decode()] = value
+                        lanes[key[cut:].decode()] = value
                 elif value is None:
-                    others[place].pop(key, None)
+                    others[message.topic(), message.partition()].pop(key, None)
                 else:
-                    others[place][key] = Record.from_message(message)
+                    others[message.topic(), message.partition()][key] = Record.from_message(message)
         return {
-            place: Restored.of(states[place], others[place].values(), topic) for place, topic in self._inputs.items()
+            place: Restored.of(states[place[0]][place[1]], others[place].values(), topic)
+            for place, topic in self._inputs.items()
         }
+
+
+def _is_end(message: Message) -> bool:
+    """Whether it tells of the partition's (last stable) end; otherwise of what will pass.
+
+    Raises:
+        KafkaException: it tells of what won't.
+    """
+    error = message.error()
+    assert error is not None
+    code = error.code()
+    if code != KafkaError._PARTITION_EOF and not error.retriable() and code not in _NO_LEADER_YET:
+        raise KafkaException(error)
+    return bool(code == KafkaError._PARTITION_EOF)
