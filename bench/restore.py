@@ -1,6 +1,6 @@
 """Restoring state: how long a partition's next owner reads changelogs before it goes on, and what the lanes take.
 
-In: a broker. Out: seconds and records/s of :func:`streams.state.restore` with the store made of it, beside a plain
+In: a broker. Out: seconds and records/s of :func:`streams.restore.restore` with the store made of it, beside a plain
 consumer that reads the same records and keeps nothing, and the resident memory that a live lane takes. Two changelogs,
 written in transactions as a processor writes them: one as compaction leaves it, a record a lane, and one that was never
 compacted, with three records for each live lane: superseded states and tombstoned lanes are among them. Half of the
@@ -29,7 +29,8 @@ from bench.samples import NOW, sentence
 from magnatronic.broker.topics import TopicSpec, create_topics
 from streams.changelog import state_key
 from streams.kafka import transactional_settings
-from streams.state import CHANGELOG_CONFIG, StateCodec, StateStore, restore
+from streams.restore import restore
+from streams.state import CHANGELOG_CONFIG, StateCodec, StateStore
 
 __all__ = ["measure"]
 

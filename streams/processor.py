@@ -40,7 +40,8 @@ from streams.messages import Messages
 from streams.offsets import OffsetTracker
 from streams.parking import Parking
 from streams.partition import Partition, Work
-from streams.state import StateCodec, StateStore, changelog_topic, ensure_changelogs, restore
+from streams.restore import restore
+from streams.state import StateCodec, StateStore, changelog_topic, ensure_changelogs
 from streams.stats import Stats
 from streams.suspects import Suspects, owner_left, owner_marker
 from streams.transactor import Transactor
