@@ -9,20 +9,20 @@ synchronous and safe to call from several threads; from asyncio use ``await asyn
         print(outcome.answer, *outcome.citations, sep="\\n")
 """
 
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from uuid import uuid4
 
 from confluent_kafka import KafkaException, Producer
 
 from magnatronic.errors import ClusterError, UnknownTaskError, WaitTimeoutError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER, Follower, Observed, observe, read_stored
+from magnatronic.tracing import Publishing
 from schemas.codec import MAX_BYTES, Codec
 from schemas.errors import EventTooLargeError
 from schemas.events import (
@@ -38,6 +38,9 @@ from schemas.events import (
 )
 from schemas.metadata import Metadata, deterministic_id
 from schemas.topics import TOPICS, key_of, topic_name
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 __all__ = ["TASK_TOPICS", "Client", "Outcome"]
 
@@ -92,15 +95,24 @@ class Client:
     """A producer and, once something is awaited, one consumer.
 
     ``kafka`` is bootstrap servers, or a mapping of librdkafka settings (bootstrap.servers and security). ``name`` is
-    the CloudEvents source of what it sends: ``/clients/<name>``. ``codec`` is the default one unless given. Use it as
-    a context manager, or close it.
+    the CloudEvents source of what it sends: ``/clients/<name>``. ``codec`` is the default one unless given. What it
+    sends continues the caller's OpenTelemetry trace, or begins one; spans go to ``tracer_provider``, by default the
+    application's. Use it as a context manager, or close it.
     """
 
-    def __init__(self, kafka: str | Mapping[str, Any], *, name: str = "python", codec: Codec | None = None) -> None:
+    def __init__(
+        self,
+        kafka: str | Mapping[str, Any],
+        *,
+        name: str = "python",
+        codec: Codec | None = None,
+        tracer_provider: "TracerProvider | None" = None,
+    ) -> None:
         self.kafka: dict[str, Any] = {"bootstrap.servers": kafka} if isinstance(kafka, str) else dict(kafka)
         self.codec = Codec() if codec is None else codec
         self.source = f"/clients/{name}"
         self._name = name
+        self._tracer_provider = tracer_provider
         self._lock = threading.Lock()
         self._following: Follower | None = None
         self._producer = Producer(
@@ -124,7 +136,13 @@ class Client:
             raise ClusterError(f"no Kafka answers at {servers}: {error.args[0].str()}") from None
 
     @classmethod
-    def connect(cls, data_dir: str | Path | None = None, *, name: str = "python") -> Self:
+    def connect(
+        cls,
+        data_dir: str | Path | None = None,
+        *,
+        name: str = "python",
+        tracer_provider: "TracerProvider | None" = None,
+    ) -> Self:
         """A client of the system that the settings name: a cluster, or what runs on the data folder.
 
         Raises:
@@ -133,7 +151,7 @@ class Client:
         from magnatronic.discovery import find_system
 
         found = find_system(data_dir)
-        return cls(found.kafka, name=name, codec=found.codec())
+        return cls(found.kafka, name=name, codec=found.codec(), tracer_provider=tracer_provider)
 
     def submit(
         self,
@@ -203,6 +221,16 @@ class Client:
             ClusterError: the cluster did not take one; others may be in the log.
             WrongInputError: one is over the size that its topic takes.
         """
+        with Publishing(self._tracer_provider) as publishing:
+            return self._publish(events, priority, on_sent, publishing)
+
+    def _publish(
+        self,
+        events: Iterable[Event],
+        priority: Priority,
+        on_sent: Callable[[Event, Metadata], None] | None,
+        publishing: Publishing,
+    ) -> list[Metadata]:
         failures: list[str] = []
 
         def delivered(error: Any, _: Any) -> None:
@@ -211,15 +239,15 @@ class Client:
 
         sent = []
         for event in events:
-            metadata = self._metadata(event)
+            topic = topic_name(event, event.priority if isinstance(event, TaskSubmitted) else priority)
+            metadata = self._metadata(event, topic, publishing)
             try:
                 encoded = self.codec.encode(event, metadata)
             except EventTooLargeError as error:
                 raise WrongInputError(str(error)) from error
             if on_sent is not None:
                 on_sent(event, metadata)
-            own = event.priority if isinstance(event, TaskSubmitted) else priority
-            self._produce(topic_name(event, own), metadata.subject, encoded.value, encoded.headers, delivered)
+            self._produce(topic, metadata.subject, encoded.value, encoded.headers, delivered)
             sent.append(metadata)
         left = self._producer.flush(_DELIVERY_TIMEOUT_S + 5)
         if failures or left:
@@ -239,7 +267,7 @@ class Client:
             except KafkaException as error:
                 raise ClusterError(f"Kafka refuses an event for {topic}: {error.args[0].str()}") from error
 
-    def _metadata(self, event: Event) -> Metadata:
+    def _metadata(self, event: Event, topic: str, publishing: Publishing) -> Metadata:
         key = key_of(event)
         # A task is submitted once, however often its submission is sent; anything else is a new fact each time.
         event_id = deterministic_id("TaskSubmitted", key) if isinstance(event, TaskSubmitted) else str(uuid4())
@@ -249,7 +277,7 @@ class Client:
             subject=key,
             time=datetime.now(UTC),
             correlation_id=key,
-            traceparent=f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
+            traceparent=publishing.traceparent(topic, event_id=event_id, correlation_id=key, key=key),
         )
 
     def ask(

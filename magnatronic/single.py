@@ -17,6 +17,7 @@ from magnatronic.follow import KAFKA_LOGGER
 from magnatronic.observing import Observer
 from magnatronic.roles import SINK_ROLES, Workbench, agents_of, instance_name, ready_codec
 from magnatronic.system import first_of
+from magnatronic.tracing import make_tracer
 from sinks.runner import SinkRunner
 from streams.runner import Runner
 from streams.slots import SlotLock
@@ -50,6 +51,7 @@ class SingleRole:
         self._observer = Observer(
             host=self.settings.metrics_host, port=self.settings.metrics_port_or_none, instance=slot
         )
+        self._tracer = make_tracer(slot)
         self._runner: Runner | None = None
         self._sink: SinkRunner | None = None
         self._work: asyncio.Task[None] | None = None
@@ -107,6 +109,7 @@ class SingleRole:
                     ports=ports,
                     slot=self.slot,
                     stalled_after_s=self.settings.stalled_after_s,
+                    tracer=self._tracer,
                 )
                 self._observer.watch_agents(self._runner)
                 self._work = loop.create_task(self._runner.run())
@@ -167,5 +170,7 @@ class SingleRole:
             await asyncio.to_thread(self._sink.stop)
         await asyncio.to_thread(self._workbench.close)
         await self._observer.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._lock is not None:
             self._lock.release()

@@ -28,6 +28,7 @@ from magnatronic.observing import Observer
 from magnatronic.queries import answer_query
 from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench, instance_name, ready_codec
 from magnatronic.settings import Settings
+from magnatronic.tracing import make_tracer
 from schemas.codec import Codec
 from schemas.events import Evidence
 from sinks.errors import SinkError
@@ -89,6 +90,7 @@ class System:
         self._broker: EmbeddedBroker | None = None
         self._workbench = Workbench(settings)
         self._observer = Observer(host=settings.metrics_host, port=settings.metrics_port_or_none, instance=_SLOT)
+        self._tracer = make_tracer(_SLOT)
         self._control: ControlServer | None = None
         self._agents: Runner | None = None
         self._sinks: dict[str, SinkRunner] = {}
@@ -136,6 +138,7 @@ class System:
             ports=self._ports(),
             slot=_SLOT,
             stalled_after_s=self.settings.stalled_after_s,
+            tracer=self._tracer,
         )
         self._observer.watch_agents(self._agents)
         self._watch("agents", self._agents.run())
@@ -308,6 +311,8 @@ class System:
                 _LOGGER.error("a sink did not stop cleanly: %s", error)
         await asyncio.to_thread(self._workbench.close)
         await self._observer.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._broker is not None:
             await asyncio.to_thread(self._broker.stop)
         self._lock.release()

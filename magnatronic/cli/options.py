@@ -117,5 +117,6 @@ def load_settings(data_dir: Path | None, **overrides: Any) -> "Settings":
 def client_for(data_dir: Path | None) -> "Client":
     """A client of the running system."""
     from magnatronic.client import Client
+    from magnatronic.tracing import client_provider
 
-    return Client.connect(data_dir, name="cli")
+    return Client.connect(data_dir, name="cli", tracer_provider=client_provider("clients/cli"))
