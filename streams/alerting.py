@@ -49,6 +49,7 @@ __all__ = [
     "forget",
     "judge_spending",
     "judge_window",
+    "near",
 ]
 
 WINDOW_MS: Final = 60_000
@@ -85,7 +86,7 @@ class Figures(BaseModel):
     ``samples`` counts seconds told. ``p99_ms`` is the mean of the seconds' p99, each weighed by its events.
     ``stalled_s`` are seconds in which an offset was held up, ``stalled`` says by what. ``first_lag`` and ``lag`` are
     the first and last told. ``told_us`` is the instance's own time of its newest sample, in microseconds since the
-    epoch.
+    epoch, ``offset`` where that lay: a record that is read again changes nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -104,10 +105,11 @@ class Figures(BaseModel):
     stalled_s: float = 0.0
     stalled: str = ""
     told_us: int = 0
+    offset: int = -1
 
     def __add__(self, sample: "Sample") -> Self:
-        """These figures and one more second; the same figures where that is told already or late."""
-        if sample.told_us <= self.told_us:
+        """These figures and one more second; the same figures where the record is in them already."""
+        if sample.offset <= self.offset:
             return self
         stats = sample.stats
         events = self.events_in + stats.events_in
@@ -129,6 +131,7 @@ class Figures(BaseModel):
                 "stalled_s": self.stalled_s + (stats.interval_s if held_up else 0.0),
                 "stalled": held_up or self.stalled,
                 "told_us": sample.told_us,
+                "offset": sample.offset,
             }
         )
 
@@ -163,10 +166,11 @@ def _idle_before_work(stats: ProcessorStats) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A second's figures: appended at ``at_ms``, told by the instance's own clock at ``told_us``."""
+    """A second's figures: appended at ``at_ms`` and ``offset``, told by the instance's own clock at ``told_us``."""
 
     stats: ProcessorStats
     at_ms: int
+    offset: int
     told_us: int
 
 
@@ -337,9 +341,15 @@ class Watch(BaseModel):
         newest = at_ms - GRACE_MS
         return self.model_copy(update={"judged_ms": max(self.judged_ms, newest - newest % STEP_MS)})
 
-    def late(self, sample: Sample) -> bool:
-        """Whether a judged window would change by it, or its instance told it, or a later one, before."""
-        return sample.at_ms < self.judged_ms or sample.told_us <= self.told_us.get(sample.stats.instance, 0)
+    def late(self, sample: Sample, held: Iterable[Figures]) -> bool:
+        """Whether a judged window would change by it, or its instance told it, or a later one, before.
+
+        ``held`` are the instance's windows that are :func:`near`. What lies further on in the log than the sample does
+        not count: after a crash they can hold records that come once more.
+        """
+        if sample.at_ms < self.judged_ms or sample.told_us <= self.told_us.get(sample.stats.instance, 0):
+            return True
+        return any(each.offset < sample.offset and sample.told_us <= each.told_us for each in held)
 
     def open_alerts(self) -> dict[str, str]:
         """The sources with an open alert, and the rules, comma-separated."""
@@ -437,6 +447,12 @@ def forget(watch: Watch, at_ms: int) -> list[Alert] | None:
             rule, _, source = key.partition(" ")
             cleared.append(Alert(AlertCleared(source=source, alert_id=standing.alert_id, rule=rule), when))
     return cleared
+
+
+def near(at_ms: int) -> range:
+    """The ends of all windows that may hold something unjudged when a record of ``at_ms`` comes."""
+    first = at_ms - at_ms % STEP_MS
+    return range(first, first + WINDOW_MS + STEP_MS, STEP_MS)
 
 
 class Spending(BaseModel):

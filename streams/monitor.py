@@ -53,6 +53,7 @@ from streams.alerting import (
     forget,
     judge_spending,
     judge_window,
+    near,
 )
 from streams.directory import (
     DIRECTORY_TOPIC,
@@ -342,7 +343,7 @@ async def judge(stream: Any) -> None:
         if not isinstance(stats, ProcessorStats):
             continue
         at_ms = round(message.timestamp * 1000)
-        sample = Sample(stats, at_ms, round(envelope.metadata.time.timestamp() * 1_000_000))
+        sample = Sample(stats, at_ms, message.offset, round(envelope.metadata.time.timestamp() * 1_000_000))
         watch = watches.get(stats.agent)
         if watch is None:
             watch = Watch.beginning(at_ms)
@@ -350,8 +351,14 @@ async def judge(stream: Any) -> None:
         if watch.reach(at_ms).judged_ms > watch.judged_ms:
             watch = await _judge_due(stats.agent, watch, at_ms)
             await _forget_silent(at_ms)
-        if not watch.late(sample):
+        held = [windows.table[stats.source, _span(end_ms)] for end_ms in near(at_ms)]
+        if not watch.late(sample, held):
             windows[stats.source] += sample
+
+
+def _span(end_ms: int) -> tuple[float, float]:
+    """The window that ends then, as Faust calls it."""
+    return WindowRange_from_start((end_ms - WINDOW_MS) / 1000, WINDOW_MS / 1000)
 
 
 async def _judge_due(agent: str, watch: Watch, at_ms: int) -> Watch:
@@ -364,8 +371,7 @@ async def _judge_due(agent: str, watch: Watch, at_ms: int) -> Watch:
         if source.partition("/")[0] == agent:
             held.setdefault(tuple(span), {})[source.partition("/")[2]] = figures
     for end_ms in watch.due(at_ms):
-        span = WindowRange_from_start((end_ms - WINDOW_MS) / 1000, WINDOW_MS / 1000)
-        figures = held.get(span, {})
+        figures = held.get(_span(end_ms), {})
         before = watch.open_alerts()
         watch, alerts = judge_window(watch, agent, end_ms, figures, state.thresholds)
         await _raise(alerts)
