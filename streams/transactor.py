@@ -83,11 +83,14 @@ class Transactor:
         try:
             self._call(self._producer.begin_transaction, "begin_transaction")
             begun = True
-            self._produce(messages, refused if diagnose else None)
+            # Offsets first. While the last transaction's markers are being written the coordinator answers
+            # CONCURRENT_TRANSACTIONS. Asked to add offsets, librdkafka asks again after retry.backoff.ms; asked to add
+            # the partition of the first message, it waits for a fixed 20 ms (one transaction in ten, on a busy broker).
             self._call(
                 lambda: self._producer.send_offsets_to_transaction(list(offsets), group, _CALL_TIMEOUT_S),
                 "send_offsets_to_transaction",
             )
+            self._produce(messages, refused if diagnose else None)
             self._call(lambda: self._producer.commit_transaction(_CALL_TIMEOUT_S), "commit_transaction")
         except (TransactionAbortedError, RecordRejectedError):
             if begun:
