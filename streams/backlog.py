@@ -33,7 +33,7 @@ class Fetched(Protocol):
 
 
 class Backlog:
-    """Messages by rank. :meth:`add` and :meth:`full` are for the consumer's thread, the rest for the event loop's.
+    """Messages by rank. :meth:`add` is for the consumer's thread, :meth:`full` for any, the rest for the event loop's.
 
     Of ``max_in_flight`` messages in flight (taken and not settled) :func:`~streams.dispatch.shares` keeps some for
     higher ranks. ``ranks`` are those of the topics.

@@ -308,5 +308,7 @@ def _meaning(name: str, error: KafkaError) -> ProcessorError:
     if error.code() in (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID) or "fenced" in error.str().lower():
         return FencedError(f"{said}; another process runs with this slot")
     if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
-        return MissingTopicError(f"{said}; create the topic, then start again")
+        return MissingTopicError(
+            f"{said}; create the topic (if it was deleted, what it held is gone), then start again"
+        )
     return ClusterError(said)

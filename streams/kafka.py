@@ -86,6 +86,8 @@ def consumer_settings(
         "queued.max.messages.kbytes": 4096,
         "queued.min.messages": 10_000,
         "fetch.message.max.bytes": 1_048_576,
+        # A topic that was deleted is noticed at the next look, after 5 minutes by default.
+        "topic.metadata.refresh.interval.ms": 10_000,
         # A partition that just lost its leader is asked again quickly.
         "fetch.error.backoff.ms": 50,
         "allow.auto.create.topics": False,

@@ -1,17 +1,22 @@
 """The consumer's thread against a real Kafka: assignments, restores, ranks, and what goes wrong."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, Producer, TopicPartition
 
-from streams.dispatch import rank_of
-from streams.errors import RestoreCancelledError
+from magnatronic.broker import EmbeddedBroker
+from streams.dispatch import HIGH, LOW, NORMAL, rank_of
+from streams.errors import MissingTopicError, RestoreCancelledError
 from streams.fetcher import Fetcher
 from streams.kafka import consumer_settings
 
@@ -78,6 +83,11 @@ class Listener:
 
     def count(self, topic: str) -> int:
         return sum(len(offsets) for place, offsets in self.received_of.items() if place[0] == topic)
+
+    @property
+    def changes(self) -> list[tuple[str, tuple[Place, ...]]]:
+        """What it was told, but for the rebalances that changed nothing for it."""
+        return [(what, places) for what, places in self.told if places]
 
     async def until(self, true: Callable[[], object], timeout_s: float = 30) -> None:
         async with asyncio.timeout(timeout_s):
@@ -186,4 +196,223 @@ async def test_other_partitions_flow_while_one_is_restored(kafka: Any) -> None:
         produce(kafka, moved[0], 1)
         await listener.until(lambda: 10 in listener.received_of[moved])
         assert time.monotonic() - restored < 2
+    assert listener.owned == set()
+
+
+async def test_a_restore_ends_when_its_partition_goes_to_another_member(kafka: Any) -> None:
+    topic, group = kafka.topic("fetch", partitions=2), kafka.unique("group")
+    produce(kafka, topic, 100)
+    produce(kafka, topic, 100, partition=1)
+    go = threading.Event()
+    listener = Listener()
+    calls: list[tuple[Place, ...]] = []
+    ended: list[tuple[Place, ...]] = []
+
+    def restore(places: Sequence[Place], cancelled: threading.Event) -> None:
+        calls.append(tuple(places))
+        try:
+            wait_or_cancel(go)(places, cancelled)
+        except RestoreCancelledError:
+            ended.append(tuple(places))
+            raise
+
+    listener.prepare_as = restore
+    async with fetching(kafka, group, [topic], listener):
+        await listener.until(lambda: calls)
+        assert len(calls[0]) == 2
+        async with fetching(kafka, group, [topic], slot=1) as second:
+            await second.until(lambda: second.count(topic) == 100)
+            (moved,) = second.owned
+            # Both were restored in one; what stayed is begun anew.
+            await listener.until(lambda: len(calls) == 2)
+            assert listener.fetcher.restoring == list(calls[1])
+            assert calls[1] == tuple(place for place in calls[0] if place != moved)
+            assert listener.changes == [("revoked", (moved,))]
+            assert ended == [calls[0]]
+            go.set()
+            await listener.until(lambda: listener.count(topic) == 100)
+            assert listener.owned == set(calls[1])
+            assert listener.changes == [("revoked", (moved,)), ("assigned", calls[1])]
+
+
+async def test_rebalances_during_a_restore_leave_it_alone(kafka: Any) -> None:
+    topic, group = kafka.topic("fetch", partitions=2), kafka.unique("group")
+    go = threading.Event()
+    listener = Listener()
+    listener.prepare_as = wait_or_cancel(go)
+    async with fetching(kafka, group, [topic], listener), fetching(kafka, group, [topic], slot=1) as second:
+        await second.until(lambda: len(second.owned) == 1 and len(listener.fetcher.restoring) == 1)
+        kept = listener.fetcher.restoring
+        # There is nothing for a third member, but the group rebalances at its coming and going.
+        async with fetching(kafka, group, [topic], slot=2, settings={"group.instance.id": None}) as third:
+            await third.until(lambda: third.told)
+        await asyncio.sleep(1)
+        assert listener.fetcher.restoring == kept
+        go.set()
+        await listener.until(lambda: listener.owned == set(kept))
+        assert [places for what, places in listener.changes if what == "assigned"] == [tuple(kept)]
+
+
+async def test_stopping_ends_a_restore(kafka: Any) -> None:
+    topic = kafka.topic("fetch")
+    listener = Listener()
+    listener.prepare_as = wait_or_cancel(threading.Event())
+    async with fetching(kafka, kafka.unique("group"), [topic], listener):
+        await listener.until(lambda: listener.fetcher.restoring)
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < 5
+    assert listener.owned == set()
+    assert [what for what, _ in listener.told] == ["revoked"]
+
+
+async def test_a_restore_that_fails_stops_the_fetcher_with_its_error(kafka: Any) -> None:
+    def fail(places: Sequence[Place], _: threading.Event) -> None:
+        raise LookupError(f"no changelog for {places[0][0]}")
+
+    topic = kafka.topic("fetch")
+    listener = Listener()
+    listener.prepare_as = fail
+    with pytest.raises(LookupError, match=topic):
+        async with fetching(kafka, kafka.unique("group"), [topic], listener):
+            await asyncio.wait([listener.fetcher.finished], timeout=20)
+
+
+async def test_a_static_member_gets_its_partitions_back_and_restores_them_again(kafka: Any) -> None:
+    topic, group = kafka.topic("fetch", partitions=3), kafka.unique("group")
+    async with fetching(kafka, group, [topic], slot=1) as other:
+        async with fetching(kafka, group, [topic]) as first:
+            await first.until(lambda: first.owned and other.owned and len(first.owned | other.owned) == 3)
+            had = first.owned.copy()
+        told = other.changes
+        restored: list[Place] = []
+        listener = Listener()
+        listener.prepare_as = lambda places, cancelled: restored.extend(places)
+        async with fetching(kafka, group, [topic], listener):
+            await listener.until(lambda: listener.owned == had)
+            assert set(restored) == had
+            assert other.changes == told
+
+
+async def test_a_rank_that_is_full_waits_and_the_others_flow(kafka: Any) -> None:
+    name = kafka.unique("fetch")
+    topics = {rank: f"{name}.{word}" for rank, word in enumerate(("high", "normal", "low"))}
+    kafka.create_topics(list(topics.values()), partitions=2)
+    for partition in (0, 1):
+        produce(kafka, topics[LOW], 20_000, partition)
+    listener = Listener()
+    listener.keeping.add(LOW)
+    async with fetching(kafka, kafka.unique("group"), list(topics.values()), listener, max_in_flight=800):
+        await listener.until(lambda: listener.kept[LOW] == 600)
+        for rank in (HIGH, NORMAL):
+            produce(kafka, topics[rank], 5000)
+        await listener.until(lambda: listener.count(topics[HIGH]) == listener.count(topics[NORMAL]) == 5000)
+        assert listener.kept[LOW] == listener.fetcher.in_flight == 600
+        # Long after everything that could be fetched was fetched it is still a member, and high records are quick.
+        await asyncio.sleep(1.5)
+        asked = time.monotonic()
+        produce(kafka, topics[HIGH], 1)
+        await listener.until(lambda: listener.count(topics[HIGH]) == 5001)
+        assert time.monotonic() - asked < 1
+        listener.give_back(LOW)
+        await listener.until(lambda: listener.count(topics[LOW]) == 40_000)
+        assert listener.received_of[topics[LOW], 0] == listener.received_of[topics[LOW], 1] == list(range(20_000))
+
+
+async def test_a_slow_listener_gets_all_of_it_through_pauses(kafka: Any) -> None:
+    topic = kafka.topic("fetch")
+    produce(kafka, topic, 3000)
+    listener = Listener()
+    listener.keeping.add(NORMAL)
+    async with fetching(kafka, kafka.unique("group"), [topic], listener, max_in_flight=500):
+        while listener.count(topic) < 3000:
+            await listener.until(lambda: listener.kept[NORMAL] == 500 or listener.count(topic) == 3000)
+            # Longer than the consumer's thread waits before it pauses.
+            await asyncio.sleep(0.8)
+            listener.give_back(NORMAL)
+            listener.keeping.add(NORMAL)
+        assert listener.received_of[topic, 0] == list(range(3000))
+        assert listener.most_kept[NORMAL] == 500
+
+
+async def test_draining_hands_out_nothing_more_but_stays_in_the_group(kafka: Any) -> None:
+    topic, group = kafka.topic("fetch"), kafka.unique("group")
+    produce(kafka, topic, 10)
+    async with fetching(kafka, group, [topic]) as listener:
+        await listener.until(lambda: listener.count(topic) == 10)
+        listener.fetcher.drain()
+        produce(kafka, topic, 10)
+        await asyncio.sleep(1)
+        assert listener.count(topic) == 10
+        assert listener.owned == {(topic, 0)}
+        assert listener.fetcher.group_metadata() is not None
+
+
+async def test_a_stuck_loop_loses_its_partitions_and_learns_of_it_before_it_commits(kafka: Any) -> None:
+    topic, group = kafka.topic("fetch", partitions=2), kafka.unique("group")
+    listener = Listener()
+    metadata: list[Any] = []
+
+    async def revoked(_: bool) -> None:
+        metadata.append(listener.fetcher.group_metadata())
+
+    other = Consumer(consumer_settings(kafka.config, group, 1, session_timeout_ms=6000))
+    over = threading.Event()
+    got = threading.Event()
+
+    def poll() -> None:
+        other.subscribe([topic])
+        while not over.is_set():
+            other.poll(0.1)
+            if other.assignment():
+                got.set()
+        other.close()
+
+    async with fetching(kafka, group, [topic], listener, revoke_timeout_s=1.0):
+        await listener.until(lambda: len(listener.owned) == 2)
+        listener.revoked_as = revoked
+        member = threading.Thread(target=poll)
+        member.start()
+        try:
+            # The event loop's thread does nothing else until the other member has a partition.
+            assert got.wait(20)
+            assert len(listener.owned) == 2
+            assert listener.fetcher.group_metadata() is None
+            await listener.until(lambda: len(listener.owned) == 1)
+            assert [what for what, _ in listener.told].count("lost") == 1
+            assert metadata == [None]
+            await listener.until(lambda: listener.fetcher.group_metadata() is not None)
+        finally:
+            over.set()
+            member.join()
+
+
+async def test_a_broker_out_of_reach_costs_the_partitions_only_for_as_long(kafka: Any, tmp_path: Path) -> None:
+    with EmbeddedBroker(tmp_path) as broker:
+        kafka = type(kafka)(broker.bootstrap_servers)
+        topic = kafka.topic("fetch")
+        produce(kafka, topic, 100)
+        async with fetching(kafka, "group", [topic]) as listener:
+            await listener.until(lambda: listener.count(topic) == 100)
+            os.kill(broker.pid, signal.SIGSTOP)
+            try:
+                # Its session times out on this side too.
+                await listener.until(lambda: ("lost", ((topic, 0),)) in listener.told)
+                assert listener.owned == set()
+            finally:
+                os.kill(broker.pid, signal.SIGCONT)
+            produce(kafka, topic, 100)
+            await listener.until(lambda: listener.count(topic) == 200, timeout_s=60)
+            assert listener.received_of[topic, 0] == list(range(200))
+
+
+async def test_a_topic_that_is_deleted_is_named(kafka: Any) -> None:
+    topic, other = kafka.topic("fetch"), kafka.topic("fetch")
+    produce(kafka, topic, 10)
+    with pytest.raises(MissingTopicError) as caught:  # noqa: PT012 - it is raised at the end
+        async with fetching(kafka, kafka.unique("group"), [topic, other]) as listener:
+            await listener.until(lambda: listener.count(topic) == 10)
+            kafka.admin.delete_topics([topic])[topic].result(20)
+            await asyncio.wait([listener.fetcher.finished], timeout=30)
+    assert topic in str(caught.value)
+    assert "create the topic" in str(caught.value)
     assert listener.owned == set()
