@@ -5,7 +5,7 @@ their topics take.
 """
 
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from agents.agent import Agent
 from schemas.codec import Codec
@@ -30,7 +30,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 class Messages:
     """Encodes what one agent leaves."""
 
-    def __init__(self, agent: Agent[object], codec: Codec) -> None:
+    def __init__(self, agent: Agent[Any], codec: Codec) -> None:
         self._agent = agent
         self._encode = codec.encode
 
