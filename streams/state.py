@@ -8,7 +8,8 @@ in the changelog, and parsed when an event asks.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+import time
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, Generic, TypeVar
@@ -17,7 +18,7 @@ from confluent_kafka import (
     KafkaError,
     KafkaException,
 )
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewTopic, TopicMetadata
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agents.step import LaneState
@@ -41,6 +42,8 @@ CHANGELOG_CONFIG: Final[Mapping[str, str]] = {
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _METADATA_TIMEOUT_S: Final = 30.0
+_KNOWN_S: Final = 3.0
+_KNOWN_POLL_S: Final = 0.1
 _PARSED_BYTES: Final = 1024 * 1024
 _EXPIRED_AT_ONCE: Final = 5_000
 _HEAD: Final = re.compile(rb'\{"v":1,"now":(-?\d+),"expires":(-?\d+|null),')
@@ -279,7 +282,18 @@ def _end_of(now: int, expires: int) -> int:
     return _end((expires - now) // 1_000_000, -(-expires // 1_000_000))
 
 
-def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str]) -> None:
+def _topics(admin: AdminClient, wanted: Collection[str]) -> tuple[dict[str, TopicMetadata], list[str]]:
+    """All topics, and which of ``wanted`` are not among them; a topic is known a moment after it was created."""
+    deadline = time.monotonic() + _KNOWN_S
+    while True:
+        known: dict[str, TopicMetadata] = admin.list_topics(timeout=_METADATA_TIMEOUT_S).topics
+        missing = sorted(set(wanted) - known.keys())
+        if not missing or time.monotonic() > deadline:
+            return known, missing
+        time.sleep(_KNOWN_POLL_S)
+
+
+def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Collection[str]) -> None:
     """See to it that the input ``topics`` exist and that each has its changelog.
 
     A changelog has its input's number of partitions and copies. Blocks.
@@ -291,8 +305,7 @@ def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Iterable[str
     """
     admin = AdminClient(dict(kafka))
     try:
-        known = admin.list_topics(timeout=_METADATA_TIMEOUT_S).topics
-        missing = sorted(set(topics) - known.keys())
+        known, missing = _topics(admin, topics)
         if missing:
             raise MissingTopicError(
                 f"{group} reads {', '.join(missing)}, which the cluster lacks; create the topics first"
