@@ -135,7 +135,7 @@ class SystemForTests:
 
     def run(self, command: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """A command run to its end here, which saves a second of start; as a process would have ended and said."""
-        arguments = (command, "--data-dir", str(self.data_dir), *arguments)
+        arguments = (*command.split(), "--data-dir", str(self.data_dir), *arguments)
         code: Any = None
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
             try:

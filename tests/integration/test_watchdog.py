@@ -75,9 +75,9 @@ asyncio.run(main())
 
 
 @contextmanager
-def program(what: str, *, memory: int = 0) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+def program(what: str, *, memory: int = 0, limit_s: float = LIMIT_S) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """A process that does ``what`` under a watchdog, and the process that watches it."""
-    code = PROGRAM.format(what=what, limit_s=LIMIT_S, memory=memory)
+    code = PROGRAM.format(what=what, limit_s=limit_s, memory=memory)
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
     )
@@ -123,7 +123,7 @@ def test_a_loop_that_stands_still_ends_the_process_with_its_stacks(what: str) ->
 
 @pytest.mark.parametrize("what", ["eat", "eat_while_the_loop_turns"])
 def test_too_much_memory_ends_the_process_before_the_kernel_does(what: str) -> None:
-    with program(what, memory=200) as (process, guard_pid):
+    with program(what, memory=200, limit_s=60) as (process, guard_pid):
         _, errors = process.communicate(timeout=20)
         assert process.returncode == -FATAL
         assert "MiB of memory, over its limit of 200" in errors
