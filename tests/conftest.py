@@ -6,6 +6,7 @@ import shutil
 import socket
 import tarfile
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,11 @@ class KafkaForTests:
         topics = [NewTopic(name, partitions, 1, config=dict(config or {})) for name in wanted]
         for created in self.admin.create_topics(topics, operation_timeout=30).values():
             created.result(30)
+        # The controller has made them; the broker that clients ask may not have heard of it yet.
+        deadline = time.monotonic() + 30
+        while not set(wanted) <= self.admin.list_topics(timeout=20).topics.keys():
+            assert time.monotonic() < deadline, f"no metadata of {wanted}"
+            time.sleep(0.05)
 
     def topic(self, prefix: str, partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
         """A new topic with a unique name."""

@@ -15,6 +15,7 @@ import pytest
 
 from magnatronic.cli import main
 from magnatronic.control import call
+from tests.support.otlp import Collector
 
 SCRIPT = Path(sys.executable).with_name("magnatronic")
 
@@ -153,9 +154,18 @@ def write_corpus(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemForTests]:
+def collector() -> Iterator[Collector]:
+    """Gets the session's system's traces."""
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[SystemForTests]:
     folder = tmp_path_factory.mktemp("system")
-    up = UpProcess(folder / "data")
+    traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    up = UpProcess(folder / "data", traced)
     try:
         up.start()
         running = SystemForTests(up, write_corpus(folder / "corpus"))

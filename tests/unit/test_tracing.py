@@ -1,31 +1,31 @@
 """Spans from task to effect, and the trace contexts that lead from one to the next."""
 
-import gzip
-import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusCode, TraceFlags, use_span
 
 from agents.context import LlmRequest, LlmResponse, Message, Purpose
 from agents.journal import identity_of
+from magnatronic.errors import WrongInputError
+from magnatronic.tracing import Publishing, client_provider, make_tracer, tracing_wanted
 from schemas.events import LlmCalled, MemoryRecalled, TaskSubmitted, TextsEmbedded, ToolCalled, ToolStarted
 from schemas.metadata import Envelope, Metadata, canonical_json, request_hash
 from schemas.record import Record
 from streams.traceparent import TraceContext, derived_span_id, derived_trace_id, parse, published
 from streams.tracing import StepTrace, Tracer, effect_span
+from tests.support.otlp import Collector
 
 THEN = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 OUTSIDE = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7")
@@ -292,35 +292,6 @@ def test_a_service_name_from_outside_wins() -> None:
     assert found["deployment.environment"] == "prod"
 
 
-class Collector:
-    """What an OpenTelemetry collector is on the wire: an HTTP server that takes OTLP protobuf."""
-
-    def __init__(self) -> None:
-        requests = self.requests = list[tuple[str, str, bytes]]()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    body = gzip.decompress(body)
-                requests.append((self.path, self.headers["Content-Type"], body))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     made = Collector()
@@ -335,26 +306,99 @@ def test_spans_arrive_at_a_collector_as_otlp(collector: Collector) -> None:
     trace.handled([called(envelope.metadata)], 1)
     trace.committed()
     tracer.close()
-    [(path, content_type, body)] = collector.requests
-    assert path == "/v1/traces"
-    assert content_type == "application/x-protobuf"
-    request = ExportTraceServiceRequest.FromString(body)
-    by_service = {
-        next(each.value.string_value for each in resource.resource.attributes if each.key == "service.name"): [
-            span for scope in resource.scope_spans for span in scope.spans
-        ]
-        for resource in request.resource_spans
-    }
-    [publish] = by_service["clients/cli"]
-    step, call = by_service["decomposer"]
+    assert collector.requests == [("/v1/traces", "application/x-protobuf")]
+    publish, step, call = collector.spans
     assert [publish.name, step.name, call.name] == ["publish tasks.normal", "process tasks.normal", "chat gemini-9"]
-    assert publish.trace_id == step.trace_id == call.trace_id == bytes.fromhex(derived_trace_id("task-1"))
-    assert publish.parent_span_id == b""
-    assert step.parent_span_id == publish.span_id
-    assert call.parent_span_id == step.span_id
-    assert (
-        call.end_time_unix_nano - call.start_time_unix_nano
-        == timedelta(milliseconds=12.5) / timedelta(microseconds=1) * 1000
-    )
-    tokens = {each.key: each.value.int_value for each in call.attributes if each.key.startswith("gen_ai.usage")}
-    assert tokens == {"gen_ai.usage.input_tokens": 11, "gen_ai.usage.output_tokens": 22}
+    assert [publish.service, step.service, call.service] == ["clients/cli", "decomposer", "decomposer"]
+    assert publish.trace_id == step.trace_id == call.trace_id == derived_trace_id("task-1")
+    assert [publish.parent_id, step.parent_id, call.parent_id] == ["", publish.span_id, step.span_id]
+    assert call.end_ns - call.start_ns == 12_500_000
+    assert call.attributes["gen_ai.usage.input_tokens"] == 11
+    assert call.attributes["gen_ai.usage.output_tokens"] == 22
+
+
+def test_without_an_endpoint_nothing_is_traced() -> None:
+    assert not tracing_wanted()
+    assert make_tracer("host-up-0") is None
+    assert client_provider("clients/cli") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "true"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_TRACES_EXPORTER": "none"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, True),
+    ],
+)
+def test_otel_s_variables_say_whether_to_trace(
+    settings: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert tracing_wanted() is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"), ("OTEL_TRACES_EXPORTER", "jaeger")]
+)
+def test_what_it_can_t_speak_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(WrongInputError, match=f"{name} is '{value}'"):
+        tracing_wanted()
+
+
+def test_a_tracer_is_configured_by_otel_s_variables(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=ours,deployment.environment=prod")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    tracer = make_tracer("host-up-0")
+    assert tracer is not None
+    assert tracer.begin("decomposer", submitted(), record_of())[1] is None
+    _, trace = tracer.begin("decomposer", submitted(str(OUTSIDE)), record_of())
+    assert trace is not None
+    trace.committed()
+    tracer.close()
+    [span] = collector.spans
+    assert (span.service, span.parent_id) == ("ours", OUTSIDE.span_id)
+
+
+def test_a_client_without_a_provider_derives_its_trace() -> None:
+    with Publishing() as publishing:
+        header = publishing.traceparent("tasks.normal", event_id="event-1", correlation_id="task-1", key="task-1")
+    assert parse(header) == published("event-1", "task-1")
+
+
+def test_a_client_within_a_span_continues_its_trace() -> None:
+    ambient = SpanContext(int(OUTSIDE.trace_id, 16), int(OUTSIDE.span_id, 16), True, TraceFlags(0))
+    with use_span(NonRecordingSpan(ambient)), Publishing() as publishing:
+        header = publishing.traceparent("tasks.normal", event_id="event-1", correlation_id="task-1", key="task-1")
+    assert parse(header) == OUTSIDE._replace(sampled=False)
+
+
+def test_a_client_with_a_provider_makes_the_span_of_its_publishing(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    provider = client_provider("clients/cli")
+    assert provider is not None
+    with (
+        provider.get_tracer("test").start_as_current_span("ask"),
+        suppress(KeyError),
+        Publishing(provider) as publishing,
+    ):
+        header = publishing.traceparent("tasks.normal", event_id="event-1", correlation_id="task-1", key="task-1")
+        raise KeyError("the log did not take it")
+    provider.shutdown()
+    publish, ask = collector.spans
+    assert parse(header) == TraceContext(publish.trace_id, publish.span_id)
+    assert (publish.name, publish.parent_id, publish.service) == ("publish tasks.normal", ask.span_id, "clients/cli")
+    assert publish.attributes["error.type"] == "KeyError"
+    # The agent that handles the event does not make that span again.
+    collected = Collected()
+    _, trace = collected.step(submitted(header))
+    trace.committed()
+    assert list(collected.spans) == ["process tasks.normal"]
