@@ -1,30 +1,46 @@
-"""What a handler sees besides its event: the context, and the ports behind it.
+"""What a handler sees besides its event: the context.
 
-In: the event's metadata, the lane's state, a journal of effects, the ports of this process. Out: emitted events and the
-state left behind, which :mod:`agents.step` collects. Every port call is an effect: its request and response are
-recorded, and the handler is given what was recorded, live and in replay alike.
+In: the event's metadata, the lane's state, a journal of effects. Out: emitted events, the state left behind and timers,
+which :mod:`agents.step` collects. Every call to the outside is an effect: its request and response are recorded, and
+the handler is given what was recorded, live and in replay alike. Handlers may run effects side by side, race them and
+set timeouts on them by asyncio's own means: :mod:`agents.turns` sees to it that replay goes the same way.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from random import Random
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from schemas.events import Event, Evidence, Priority, Value
+from agents import effects
+from agents.journal import Journal
+from agents.ports import (
+    Directory,
+    EmbeddingModel,
+    InDoubt,
+    LanguageModel,
+    LlmRequest,
+    LlmResponse,
+    Memory,
+    Message,
+    Passage,
+    Ports,
+    Purpose,
+    RecallRequest,
+    ToolInfo,
+    ToolResult,
+    Tools,
+    Vectors,
+)
+from schemas.events import DirectoryEntry, Event, Evidence, Priority
 from schemas.metadata import Metadata, deterministic_id
-
-if TYPE_CHECKING:
-    from agents.journal import Journal
 
 __all__ = [
     "Context",
+    "Directory",
     "EmbeddingModel",
+    "InDoubt",
     "LanguageModel",
     "LlmRequest",
     "LlmResponse",
@@ -34,129 +50,26 @@ __all__ = [
     "Ports",
     "Purpose",
     "RecallRequest",
+    "ToolInfo",
+    "ToolResult",
+    "Tools",
     "Vectors",
 ]
 
-Vectors = NDArray[np.float32]
-"""Shape (n, dimensions), float32; rows have unit length."""
-
 StateT = TypeVar("StateT", bound=BaseModel)
-
-
-class Purpose(StrEnum):
-    """What a language model is asked to do."""
-
-    PLAN = "plan"
-    ANSWER = "answer"
-    SYNTHESISE = "synthesise"
-
-
-class Message(Value):
-    """One turn of a conversation; ``role`` is user or assistant."""
-
-    role: str
-    content: str
-
-
-class Passage(Value):
-    """Text that an answer may rest on and cite as ``[marker]``."""
-
-    marker: int
-    chunk_id: str
-    title: str
-    text: str
-
-
-class LlmRequest(Value):
-    """A call to a language model, in no vendor's terms.
-
-    ``passages`` are put before the last message by the adapter. ``response_schema`` is a JSON Schema (as JSON) that
-    the response's text must satisfy; empty means prose. An empty ``model`` takes the provider's default.
-    """
-
-    purpose: Purpose
-    system: str = ""
-    messages: tuple[Message, ...]
-    passages: tuple[Passage, ...] = ()
-    response_schema: str = ""
-    model: str = ""
-    temperature: float = 0.0
-    max_tokens: int = 1024
-
-
-class LlmResponse(Value):
-    """A language model's answer. ``provider`` and ``model`` say whose; ``cost_usd`` is in US dollars."""
-
-    text: str
-    provider: str
-    model: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost_usd: float = 0.0
-    finish_reason: str = "stop"
-
-
-class RecallRequest(Value):
-    """Ask memory for the ``limit`` passages most similar to ``query``; ``document_ids`` narrows where to look."""
-
-    query: str
-    limit: int = 8
-    document_ids: tuple[str, ...] = ()
-
-
-class LanguageModel(Protocol):
-    """A language model behind an adapter."""
-
-    name: str
-
-    async def complete(self, request: LlmRequest) -> LlmResponse:
-        """Answer ``request``.
-
-        Raises:
-            EffectFailedError: the call failed; ``retryable`` is set for timeouts, rate limits and server errors.
-        """
-
-
-class Memory(Protocol):
-    """Recall by similarity."""
-
-    model: str
-
-    async def recall(self, request: RecallRequest) -> tuple[Evidence, ...]:
-        """The passages nearest to the request's query, best first, scores in [-1, 1] (cosine)."""
-
-
-class EmbeddingModel(Protocol):
-    """Texts to vectors."""
-
-    model: str
-    version: str
-    dimensions: int
-
-    async def embed(self, texts: Sequence[str]) -> Vectors:
-        """One unit-length row a text, shape (len(texts), dimensions)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """The outside world, as far as this process is configured with it."""
-
-    llm: LanguageModel | None = None
-    memory: Memory | None = None
-    embedding: EmbeddingModel | None = None
 
 
 class _Outputs:
     """What the context and its scopes collect together."""
 
-    __slots__ = ("emitted", "expires_after", "new_ids", "random", "state")
+    expires_after: timedelta | None = None
+    new_ids = 0
+    random: Random | None = None
+    timers: dict[str, datetime | None] | None = None
 
     def __init__(self, state: BaseModel | None) -> None:
         self.emitted: list[Event] = []
         self.state = state
-        self.expires_after: timedelta | None = None
-        self.new_ids = 0
-        self.random: random.Random | None = None
 
 
 class Context(Generic[StateT]):
@@ -172,7 +85,7 @@ class Context(Generic[StateT]):
         now: datetime,
         priority: Priority,
         state: StateT | None,
-        journal: "Journal",
+        journal: Journal,
     ) -> None:
         self.agent = agent
         self.metadata = metadata
@@ -201,16 +114,39 @@ class Context(Generic[StateT]):
         """Emit ``event`` to the topic of its type; it commits with the handler's other outputs or not at all."""
         self._outputs.emitted.append(event)
 
+    def timer(self, name: str, at: datetime) -> None:
+        """Have a TimerFired for this lane written at ``at``, or as soon as can be after it.
+
+        The timer is the lane's, by its name: setting it again moves it, also where another event set it.
+
+        Raises:
+            ValueError: ``at`` has no time zone, or the name is empty or holds a control character.
+        """
+        if at.tzinfo is None:
+            raise ValueError(f"timer {name!r}: {at} has no time zone; give it one, as ctx.now has")
+        self._set_timer(name, at.astimezone(UTC))
+
+    def cancel_timer(self, name: str) -> None:
+        """Forget the lane's timer of this name, if it has one. A TimerFired that is already written still comes."""
+        self._set_timer(name, None)
+
+    def _set_timer(self, name: str, due: datetime | None) -> None:
+        if not name or not name.isprintable():
+            raise ValueError(f"timer {name!r}: give it a name of printable characters")
+        if self._outputs.timers is None:
+            self._outputs.timers = {}
+        self._outputs.timers[name] = due
+
     def new_id(self) -> str:
         """A fresh id: the UUIDv5 of the event, the scope and how many were made before it in this handler."""
         self._outputs.new_ids += 1
         return deterministic_id(self.metadata.id, self.agent, "new_id", self._scope, self._outputs.new_ids)
 
     @property
-    def random(self) -> random.Random:
+    def random(self) -> Random:
         """Pseudo-random numbers, seeded by the event."""
         if self._outputs.random is None:
-            self._outputs.random = random.Random(f"{self.metadata.id}/{self.agent}")
+            self._outputs.random = Random(f"{self.metadata.id}/{self.agent}")
         return self._outputs.random
 
     def scope(self, name: str) -> "Context[StateT]":
@@ -231,7 +167,7 @@ class Context(Generic[StateT]):
             EffectFailedError: the call failed.
             MissingPortError: this process has no language model.
         """
-        return await self._journal.llm(self._scope, request)
+        return await effects.llm(self._journal, self._scope, request)
 
     async def recall(self, query: str, *, limit: int = 8, document_ids: Sequence[str] = ()) -> tuple[Evidence, ...]:
         """The passages most similar to ``query``, best first. Recorded as MemoryRecalled.
@@ -241,7 +177,7 @@ class Context(Generic[StateT]):
             MissingPortError: this process has no memory.
         """
         request = RecallRequest(query=query, limit=limit, document_ids=tuple(document_ids))
-        return await self._journal.recall(self._scope, request)
+        return await effects.recall(self._journal, self._scope, request)
 
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """The vectors of ``texts``, shape (len(texts), dimensions). Recorded as TextsEmbedded.
@@ -250,8 +186,28 @@ class Context(Generic[StateT]):
             EffectFailedError: the model failed.
             MissingPortError: this process has no embedding model.
         """
-        return await self._journal.embed(self._scope, tuple(texts))
+        return await effects.embed(self._journal, self._scope, tuple(texts))
 
-    def collected(self) -> tuple[tuple[Event, ...], Any, timedelta | None]:
-        """What the handler left: emitted events in order, the state, and when it expires. For :mod:`agents.step`."""
-        return tuple(self._outputs.emitted), self._outputs.state, self._outputs.expires_after
+    async def tool(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
+        """Run a tool. Recorded as ToolCalled, and before it as ToolStarted when the tool has side effects.
+
+        Raises:
+            EffectFailedError: the tool failed, or there is none of this name. ToolInDoubt and ToolNeedsApproval: it was
+                started before, whether it did its work is not known, and its policy is not to try again.
+            MissingPortError: this process has no tools.
+        """
+        return await effects.tool(self._journal, self._scope, name, arguments)
+
+    async def directory(self, capability: str) -> tuple[DirectoryEntry, ...]:
+        """The known instances of agents with ``capability``. Recorded as Queried.
+
+        Raises:
+            EffectFailedError: the lookup failed.
+            MissingPortError: this process has no directory.
+        """
+        return await effects.directory(self._journal, self._scope, capability)
+
+    @property
+    def outputs(self) -> _Outputs:
+        """What the handler has left so far. For :mod:`agents.step`."""
+        return self._outputs

@@ -2,6 +2,7 @@
 
 AgentError
 ├── EffectFailedError      a recorded call to the outside world failed; the same failure is seen again in replay
+├── HandlerCancelledError  a handler cancelled a part of itself and let that end it
 ├── InvalidPlanError       a plan can't be carried out; the message says why
 ├── MissingPortError       a handler asked for something that this process is not configured with
 ├── NondeterminismError    a re-decided step differs from the recorded one
@@ -12,6 +13,7 @@ AgentError
 __all__ = [
     "AgentError",
     "EffectFailedError",
+    "HandlerCancelledError",
     "InvalidPlanError",
     "MissingPortError",
     "NondeterminismError",
@@ -36,6 +38,10 @@ class EffectFailedError(AgentError):
         self.error_type = error_type
         self.message = message
         self.retryable = retryable
+
+
+class HandlerCancelledError(AgentError):
+    """A handler ended by a cancellation that came from itself, not from the processor."""
 
 
 class MissingPortError(AgentError):

@@ -1,34 +1,40 @@
 """The journal of one step's effects: performs a call once, records it, and gives the recorded answer ever after.
 
-In: what a handler asks for, the ports that can answer, and effects recorded earlier (by an earlier attempt, or from the
-log in replay). Out: the response as recorded, and new effect events in their order of completion. A call's identity is
-the event, the scope path, the request's hash and its occurrence among equal requests in that scope. Recorded errors are
-replayed in replay, but not reused by a later live attempt.
+In: what a handler asks for, the ports that can answer, and effects recorded earlier (by an earlier attempt, by a
+process that died, or from the log in replay). Out: the response as recorded, and new effect events in their order of
+completion. A call's identity is the event, the scope path, the request's hash and its occurrence among equal requests
+in that scope. Recorded failures and passed delays are replayed in replay, but not reused by a later live attempt.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
-import numpy as np
 import orjson
 
-from agents.context import EmbeddingModel, LanguageModel, LlmRequest, LlmResponse, Memory, Ports, RecallRequest, Vectors
-from agents.errors import EffectFailedError, MissingPortError, NondeterminismError
-from schemas.events import Effect, Evidence, LlmCalled, MemoryRecalled, TextsEmbedded
+from agents.errors import EffectFailedError, NondeterminismError
+from agents.handler_loop import Delay, of_thread
+from agents.ports import Ports
+from agents.turns import Call, Turns
+from schemas.events import Effect, ToolCalled, ToolStarted, Waited
 from schemas.metadata import Envelope, Metadata, canonical_json, deterministic_id, request_hash
 
-__all__ = ["Identity", "Journal"]
+__all__ = ["DOUBTFUL", "Identity", "Journal", "Request", "identity_of"]
 
 Identity = tuple[str, str, str, int]
 """What a call is known by within its event: effect type, scope path, request hash, occurrence."""
 
+DOUBTFUL: Final = frozenset({"HandlerTimeout", "CallCancelled", "ToolInDoubt", "ToolNeedsApproval"})
+"""Failures that leave it open whether the call did its work."""
+
+_CANCELLED: Final = "CallCancelled"
+_NO_PORTS: Final = Ports()
+_NOTHING: Final[dict[Identity, Effect]] = {}
+
 EffectT = TypeVar("EffectT", bound=Effect)
 ResultT = TypeVar("ResultT")
-
-_NO_PORTS: Final = Ports()
 
 
 def identity_of(effect: Effect) -> Identity:
@@ -36,28 +42,80 @@ def identity_of(effect: Effect) -> Identity:
     return type(effect).__name__, effect.scope, effect.request_hash, effect.occurrence
 
 
-class Journal:
-    """The effects of one event's handling by one agent.
+class _Place(NamedTuple):
+    """The identity of an effect that no call made, with its request."""
 
-    Live, give it ``ports``; calls that ``recorded`` does not answer are performed. In replay give it
-    ``replaying=True``: a call that was not recorded is a NondeterminismError, and nothing is ever performed.
-    ``timeout_s`` bounds an attempt: the call under way when it has passed fails, and is recorded as failed, so that
-    replay fails at the same place. A handler waits for nothing but its effects, which makes this its own time limit.
+    scope: str
+    text: str
+    hashed: str
+    occurrence: int
+
+
+class Request(Call):
+    """One call of a handler: what it asks, and then what came of it.
+
+    ``call`` performs it; ``succeeded`` makes the effect's own fields from the response, ``failed`` those of a call
+    without one.
     """
 
     __slots__ = (
-        "_agent",
-        "_cause",
-        "_deadline",
-        "_key",
-        "_occurrences",
-        "_ports",
-        "_recorded",
-        "_replaying",
-        "_source",
-        "_timeout_s",
-        "performed",
+        "call",
+        "effect_type",
+        "error",
+        "failed",
+        "fields",
+        "hashed",
+        "latency_ms",
+        "occurrence",
+        "recorded",
+        "scope",
+        "started_at",
+        "succeeded",
+        "text",
     )
+
+    def __init__(
+        self,
+        effect_type: type[Effect],
+        scope: str,
+        text: str,
+        call: Callable[["Request"], Awaitable[Any]],
+        succeeded: Callable[[Any], Mapping[str, Any]],
+        failed: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        super().__init__()
+        self.effect_type, self.scope, self.text = effect_type, scope, text
+        self.call, self.succeeded, self.failed = call, succeeded, failed
+        self.recorded: Effect | None = None
+        self.started_at: datetime | None = None
+        self.fields: Mapping[str, Any] = {}
+        self.error = ""
+        self.latency_ms = 0.0
+        self.hashed = request_hash(text)
+        self.occurrence = 0
+
+
+class Journal:
+    """The effects of one event's handling by one agent.
+
+    Live, give it ``ports``; calls that ``recorded`` does not answer are performed, and ``sequence`` goes on after the
+    highest recorded one. In replay give it ``replaying=True``: a call that was not recorded is a NondeterminismError,
+    and nothing is ever performed.
+
+    ``timeout_s`` bounds an attempt: calls under way when it has passed fail, and are recorded as failed, so that replay
+    fails at the same place. A handler waits for nothing but its effects, which makes this its own time limit.
+    ``on_performed`` is called after each effect that is added to ``performed``; ``durable`` returns when all of
+    ``performed`` is committed.
+    """
+
+    # Most events have no effects, so what only effects need is set when there are some.
+    _deadline: float | None = None
+    _occurrences: dict[tuple[str, str, str], int] | None = None
+    _recorded: dict[Identity, Effect] = _NOTHING
+    _doubts: set[tuple[str, str, int]] | None = None
+    _attempt = 1
+    _next = 0
+    _stale = False
 
     def __init__(
         self,
@@ -70,180 +128,260 @@ class Journal:
         recorded: Iterable[Effect] = (),
         replaying: bool = False,
         timeout_s: float | None = None,
+        on_performed: Callable[[], None] | None = None,
+        durable: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._agent = agent
         self._source = source
         self._key = key
         self._cause = cause
-        self._ports = ports
-        self._recorded = self._index(recorded, replaying) if recorded else {}
-        self._replaying = replaying
+        self.ports = ports
+        self.replaying = replaying
         self._timeout_s = timeout_s
-        self._deadline: float | None = None
-        self._occurrences: dict[tuple[str, str, str], int] = {}
+        self._on_performed = on_performed
+        self._durable = durable
         self.performed: list[Envelope] = []
-        """Effects performed so far, over all attempts, in order of completion."""
+        """Effects performed in this life of the event, over all its attempts, in order of completion."""
+        if recorded:
+            self._load(sorted(recorded, key=lambda effect: effect.sequence))
 
-    @staticmethod
-    def _index(recorded: Iterable[Effect], replaying: bool) -> dict[Identity, Effect]:
-        index: dict[Identity, Effect] = {}
+    @property
+    def agent(self) -> str:
+        """The agent's name."""
+        return self._agent
+
+    def _load(self, recorded: list[Effect]) -> None:
+        """Take up what earlier lives recorded, in order."""
+        if not recorded:
+            return
+        last = max(effect.attempt for effect in recorded)
+        self._next = recorded[-1].sequence + 1
+        self._attempt = last if self.replaying else last + 1
+        self._recorded = {}
         for effect in recorded:
-            if replaying or not effect.error:
-                index[identity_of(effect)] = effect
-        return index
+            if not self.replaying:
+                self._learn(effect)
+            elif not isinstance(effect, Waited) or (effect.attempt == last and effect.request != _mark(last)):
+                # The last one of an identity decided. An earlier attempt's delays did not: they were set anew.
+                self._recorded[identity_of(effect)] = effect
+
+    def _learn(self, effect: Effect) -> None:
+        """What a later live attempt needs to know of ``effect``: its answer, or that it may have done its work."""
+        if isinstance(effect, Waited):
+            self._stale = True
+        elif isinstance(effect, ToolStarted) or (isinstance(effect, ToolCalled) and effect.error):
+            self._doubts = self._doubts or set()
+            place = effect.scope, effect.request_hash, effect.occurrence
+            if isinstance(effect, ToolStarted) or orjson.loads(effect.error)["type"] in DOUBTFUL:
+                self._doubts.add(place)
+            else:
+                self._doubts.discard(place)
+        elif not effect.error:
+            self._recorded[identity_of(effect)] = effect
 
     def next_attempt(self) -> None:
         """Make ready to run the handler again: successful calls so far will answer, failed ones are performed anew."""
+        if self._recorded is _NOTHING:
+            self._recorded = {}
         for envelope in self.performed:
             effect = envelope.event
-            if isinstance(effect, Effect) and not effect.error:
-                self._recorded[identity_of(effect)] = effect
-        self._occurrences.clear()
+            if isinstance(effect, Effect) and effect.attempt == self._attempt:
+                self._learn(effect)
+        self._attempt += 1
+        self._occurrences = None
         self._deadline = None
 
     def unasked(self) -> list[str]:
-        """What was recorded but has not been asked for, as ``<effect type> <request hash>`` (12 digits of it)."""
+        """What the attempt that decided recorded, but has not been asked for: ``<effect type> <request hash>`` (12
+        digits of it). Earlier attempts may have gone another way.
+        """
+        asked = self._occurrences or {}
         return [
             f"{name} {hashed[:12]}"
-            for name, scope, hashed, occurrence in self._recorded
-            if occurrence >= self._occurrences.get((name, scope, hashed), 0)
+            for (name, scope, hashed, occurrence), effect in self._recorded.items()
+            if effect.attempt == self._attempt
+            and not isinstance(effect, ToolStarted)
+            and occurrence >= asked.get((name, scope, hashed), 0)
         ]
 
-    async def llm(self, scope: str, request: LlmRequest) -> LlmResponse:
-        """Call the language model; see :meth:`agents.context.Context.llm`."""
-        text = canonical_json(request)
+    # What handlers ask, through agents.effects.
 
-        def port() -> LanguageModel:
-            return _need(self._ports.llm, "a language model", self._agent)
-
-        effect = await self._effect(
-            LlmCalled,
-            scope,
-            text,
-            lambda: port().complete(request),
-            lambda response: {
-                "provider": response.provider,
-                "model": response.model,
-                "response": canonical_json(response),
-                "prompt_tokens": response.prompt_tokens,
-                "completion_tokens": response.completion_tokens,
-                "cost_usd": response.cost_usd,
-            },
-            lambda: {"provider": port().name, "model": request.model},
-        )
-        return LlmResponse.model_validate_json(effect.response)
-
-    async def recall(self, scope: str, request: RecallRequest) -> tuple[Evidence, ...]:
-        """Search memory; see :meth:`agents.context.Context.recall`."""
-
-        def port() -> Memory:
-            return _need(self._ports.memory, "a memory", self._agent)
-
-        effect = await self._effect(
-            MemoryRecalled,
-            scope,
-            canonical_json(request),
-            lambda: port().recall(request),
-            lambda hits: {"model": port().model, "hits": hits},
-            lambda: {"model": port().model},
-        )
-        return effect.hits
-
-    async def embed(self, scope: str, texts: tuple[str, ...]) -> Vectors:
-        """Embed texts; see :meth:`agents.context.Context.embed`."""
-
-        def port() -> EmbeddingModel:
-            return _need(self._ports.embedding, "an embedding model", self._agent)
-
-        def fields(vectors: Vectors) -> dict[str, Any]:
-            rows = np.ascontiguousarray(vectors, dtype="<f4")
-            return {**described(), "count": rows.shape[0], "vectors": rows.tobytes()}
-
-        def described() -> dict[str, Any]:
-            return {
-                "model": port().model,
-                "model_version": port().version,
-                "dimensions": port().dimensions,
-                "count": len(texts),
-            }
-
-        effect = await self._effect(
-            TextsEmbedded, scope, canonical_json({"texts": texts}), lambda: port().embed(texts), fields, described
-        )
-        return np.frombuffer(effect.vectors, dtype="<f4").reshape(effect.count, effect.dimensions)
-
-    async def _effect(
-        self,
-        effect_type: type[EffectT],
-        scope: str,
-        request: str,
-        call: Callable[[], Awaitable[ResultT]],
-        succeeded: Callable[[ResultT], Mapping[str, Any]],
-        failed: Callable[[], Mapping[str, Any]],
-    ) -> EffectT:
+    async def ask(self, request: Request, effect_type: type[EffectT]) -> EffectT:
         """The effect of one call: the recorded one when there is one, else performed and recorded now.
 
         Raises:
             EffectFailedError: the call failed, now or as recorded.
-            NondeterminismError: in replay, the call was not recorded.
+            MissingPortError: it is to be performed, and this process lacks the part for it.
         """
-        hashed = request_hash(request)
-        name = effect_type.__name__
+        turns = of_thread.loop.owner
+        if not isinstance(turns, Turns):
+            raise RuntimeError(f"{self._agent} asks for {effect_type.__name__} while no handler of it runs")
+        request.occurrence = self._occurrence(effect_type.__name__, request.scope, request.hashed)
+        request.recorded = recorded = self._recorded.get(
+            (effect_type.__name__, request.scope, request.hashed, request.occurrence)
+        )
+        if recorded is None:
+            if self.replaying:
+                await turns.give_up(
+                    NondeterminismError(
+                        f"{self._agent}, event {self._cause.id}: asks for {effect_type.__name__} in scope "
+                        f"{request.scope or '/'!r} with request {request.hashed[:12]} (occurrence "
+                        f"{request.occurrence}), which was not recorded: {request.text[:200]}"
+                    )
+                )
+            # A missing port is a fault of the configuration, not a failed call: raise before anything is recorded.
+            request.failed()
+        elif not recorded.error or orjson.loads(recorded.error)["type"] != _CANCELLED:
+            request.sequence = recorded.sequence
+        effect = await turns.ask(request)
+        if effect.error:
+            error = orjson.loads(effect.error)
+            raise EffectFailedError(error["type"], error["message"], retryable=error["retryable"])
+        assert isinstance(effect, effect_type)
+        return effect
+
+    def _occurrence(self, name: str, scope: str, hashed: str) -> int:
+        if self._occurrences is None:
+            self._occurrences = {}
         occurrence = self._occurrences.get((name, scope, hashed), 0)
         self._occurrences[name, scope, hashed] = occurrence + 1
-        recorded = self._recorded.get((name, scope, hashed, occurrence))
-        if recorded is None:
-            if self._replaying:
-                raise NondeterminismError(
-                    f"{self._agent}, event {self._cause.id}: asks for {name} in scope {scope or '/'!r} with request "
-                    f"{hashed[:12]} (occurrence {occurrence}), which was not recorded: {request[:200]}"
-                )
-            recorded = await self._perform(effect_type, scope, occurrence, hashed, request, call, succeeded, failed)
-        if recorded.error:
-            error = orjson.loads(recorded.error)
-            raise EffectFailedError(error["type"], error["message"], retryable=error["retryable"])
-        assert isinstance(recorded, effect_type)
-        return recorded
+        return occurrence
 
-    async def _perform(
-        self,
-        effect_type: type[EffectT],
-        scope: str,
-        occurrence: int,
-        hashed: str,
-        request: str,
-        call: Callable[[], Awaitable[ResultT]],
-        succeeded: Callable[[ResultT], Mapping[str, Any]],
-        failed: Callable[[], Mapping[str, Any]],
-    ) -> EffectT:
-        failed()  # a missing port is a fault of the configuration, not a failed call: raise before anything is recorded
-        started, clock = datetime.now(UTC), time.perf_counter()
-        error = ""
+    def key_of(self, request: Request) -> str:
+        """The call's idempotency key: the same after a crash and for each attempt."""
+        name = request.effect_type.__name__
+        return deterministic_id(self._cause.id, self._agent, name, request.scope, request.hashed, request.occurrence)
+
+    def in_doubt(self, request: Request) -> bool:
+        """Whether an earlier attempt started this tool call and nobody knows what came of it."""
+        return self._doubts is not None and (request.scope, request.hashed, request.occurrence) in self._doubts
+
+    async def started(self, request: Request, **fields: Any) -> None:
+        """Record that ``request`` is about to be performed, and wait until that is committed."""
+        self._record(ToolStarted, request, datetime.now(UTC), latency_ms=0.0, **fields)
+        if self._durable is not None:
+            await self._durable()
+
+    async def within_deadline(self, call: Awaitable[ResultT]) -> ResultT:
+        """The result of ``call``, if it comes within the attempt's time.
+
+        Raises:
+            EffectFailedError: it does not.
+        """
+        if self._timeout_s is None:
+            return await call
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._timeout_s
         try:
-            fields = succeeded(await self._within_deadline(call))
+            async with asyncio.timeout(self._deadline - time.monotonic()) as limit:
+                return await call
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise EffectFailedError(
+                "HandlerTimeout", f"no result within {self._timeout_s:g} s of the attempt's first call", retryable=True
+            ) from None
+
+    # What turns ask: agents.turns.World.
+
+    async def perform(self, request: Request) -> None:
+        """Make the call; what comes of it, failures too, is kept in ``request``."""
+        request.started_at, clock = datetime.now(UTC), time.perf_counter()
+        try:
+            request.fields = request.succeeded(await request.call(request))
         except EffectFailedError as failure:
-            error = _error_json(failure.error_type, failure.message, failure.retryable)
-            fields = failed()
+            request.error = _error_json(failure.error_type, failure.message, failure.retryable)
         except Exception as failure:  # noqa: BLE001 - whatever a port raises is recorded as the call's outcome
-            error = _error_json(type(failure).__name__, str(failure), retryable=True)
-            fields = failed()
+            request.error = _error_json(type(failure).__name__, str(failure), retryable=True)
+        if request.error:
+            request.fields = request.failed()
+        request.latency_ms = round((time.perf_counter() - clock) * 1000, 3)
+
+    def settle(self, request: Request) -> Effect:
+        """The answer that the handler is given: the recorded one, or what came of the call, recorded now."""
+        if request.recorded is not None:
+            return request.recorded
+        if request.started_at is None or (not request.fields and not request.error):
+            request.started_at = request.started_at or datetime.now(UTC)
+            request.fields = request.failed()
+            request.error = _error_json("CancelledError", "the call was cancelled from within", retryable=True)
+        return self._record(
+            request.effect_type,
+            request,
+            request.started_at,
+            error=request.error,
+            latency_ms=request.latency_ms,
+            **request.fields,
+        )
+
+    def abandon(self, request: Request) -> None:
+        """Record that the handler cancelled the call before there was an answer; unless that is recorded."""
+        if self.replaying or request.recorded is not None:
+            return
+        started = request.started_at or datetime.now(UTC)
+        self._record(
+            request.effect_type,
+            request,
+            started,
+            error=_error_json(_CANCELLED, "the handler did not wait for it any longer", retryable=True),
+            latency_ms=round(max((datetime.now(UTC) - started).total_seconds(), 0.0) * 1000, 3),
+            **request.failed(),
+        )
+
+    def delay_set(self, delay: Delay) -> None:
+        """Give ``delay`` its identity, and its sequence if it is recorded to have passed."""
+        text = canonical_json({"seconds": delay.seconds})
+        hashed = request_hash(text)
+        delay.identity = hashed, self._occurrence(Waited.__name__, "", hashed)
+        recorded = self._recorded.get((Waited.__name__, "", *delay.identity)) if self.replaying else None
+        delay.sequence = None if recorded is None else recorded.sequence
+
+    def delay_passed(self, delay: Delay) -> None:
+        """Record that the delay passed while calls were under way: their order decides."""
+        hashed, occurrence = delay.identity
+        place = _Place("", canonical_json({"seconds": delay.seconds}), hashed, occurrence)
+        self._record(Waited, place, datetime.now(UTC), latency_ms=delay.seconds * 1000, seconds=delay.seconds)
+
+    def ended(self) -> None:
+        """The handler ran to its end. An attempt that decided, but otherwise than an earlier one whose delays passed,
+        leaves a mark if it leaves nothing else: replay must know which of the two it follows.
+        """
+        if self._stale and not self.replaying and not self._has_recorded():
+            text = _mark(self._attempt)
+            place = _Place("", text, request_hash(text), 0)
+            self._record(Waited, place, datetime.now(UTC), latency_ms=0.0, seconds=0.0)
+
+    def _has_recorded(self) -> bool:
+        last = self.performed[-1].event if self.performed else None
+        return isinstance(last, Effect) and last.attempt == self._attempt
+
+    def _record(
+        self, effect_type: type[EffectT], request: "Request | _Place", started: datetime, **fields: Any
+    ) -> EffectT:
+        sequence = self._next
+        self._next += 1
         effect = effect_type(
             task_id=self._key,
             agent=self._agent,
             event_id=self._cause.id,
-            scope=scope,
-            occurrence=occurrence,
-            sequence=len(self.performed),
-            request_hash=hashed,
-            request=request,
-            error=error,
+            scope=request.scope,
+            occurrence=request.occurrence,
+            sequence=sequence,
+            attempt=self._attempt,
+            request_hash=request.hashed,
+            request=request.text,
             started_at=started,
-            latency_ms=round((time.perf_counter() - clock) * 1000, 3),
             **fields,
         )
         metadata = Metadata(
             id=deterministic_id(
-                self._cause.id, self._agent, effect_type.__name__, scope, hashed, occurrence, len(self.performed)
+                self._cause.id,
+                self._agent,
+                effect_type.__name__,
+                request.scope,
+                request.hashed,
+                request.occurrence,
+                sequence,
             ),
             source=self._source,
             subject=self._key,
@@ -253,30 +391,14 @@ class Journal:
             traceparent=self._cause.traceparent,
         )
         self.performed.append(Envelope(effect, metadata))
+        if self._on_performed is not None:
+            self._on_performed()
         return effect
-
-    async def _within_deadline(self, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        if self._timeout_s is None:
-            return await call()
-        if self._deadline is None:
-            self._deadline = time.monotonic() + self._timeout_s
-        try:
-            async with asyncio.timeout(self._deadline - time.monotonic()):
-                return await call()
-        except TimeoutError:
-            raise EffectFailedError(
-                "HandlerTimeout", f"no result within {self._timeout_s:g} s of the attempt's first call", retryable=True
-            ) from None
 
 
 def _error_json(error_type: str, message: str, retryable: bool) -> str:
     return canonical_json({"type": error_type, "message": message, "retryable": retryable})
 
 
-PortT = TypeVar("PortT")
-
-
-def _need(port: PortT | None, what: str, agent: str) -> PortT:
-    if port is None:
-        raise MissingPortError(f"agent {agent} needs {what}, and this process has none; configure one")
-    return port
+def _mark(attempt: int) -> str:
+    return canonical_json({"attempt": attempt})

@@ -5,7 +5,6 @@ the same outputs byte for byte. Output ids are UUIDv5 of the cause, the agent an
 that is run again names its events alike.
 """
 
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
@@ -14,16 +13,29 @@ from agents.agent import Agent, Failure
 from agents.context import Context
 from agents.errors import EffectFailedError, UndeclaredOutputError
 from agents.journal import Journal
-from schemas.events import Event, Priority
+from agents.turns import begin
+from schemas.events import Event, Priority, TimerFired
+from schemas.frozen import frozen
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.topics import key_of
 
-__all__ = ["LaneState", "StepResult", "decision_time", "failure_of", "live_state", "run_failure", "run_step"]
+__all__ = [
+    "LaneState",
+    "StepResult",
+    "TimerChange",
+    "concerns",
+    "decision_time",
+    "failure_of",
+    "lane_of",
+    "live_state",
+    "run_failure",
+    "run_step",
+]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LaneState:
     """What a lane keeps between events: the agent's model, the lane's last decision time, and when to forget it."""
 
@@ -32,22 +44,50 @@ class LaneState:
     expires_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
+class TimerChange:
+    """The lane's timer ``name`` is now due at ``due``; None when it was cancelled."""
+
+    name: str
+    due: datetime | None
+
+
+@frozen
 class StepResult:
     """What a step decided.
 
     ``outputs`` are in emission order. ``state`` is the lane's new state, None to delete it; it is to be stored only
-    when ``state_changed``.
+    when ``state_changed``. ``timers`` are the lane's timers that were set or cancelled, each once, in the order
+    in which the handler first named them.
     """
 
     outputs: tuple[Envelope, ...]
     state: LaneState | None
     state_changed: bool
+    timers: tuple[TimerChange, ...] = ()
 
 
-def decision_time(timestamp_ms: int, state: LaneState | None) -> datetime:
-    """``ctx.now``: the later of the record's timestamp (ms since the epoch) and the lane's last decision time."""
+def lane_of(agent: Agent[Any], event: Event) -> str:
+    """The lane of ``event``: for a TimerFired the one that set the timer, else what the agent says.
+
+    Raises:
+        Exception: whatever ``agent.lane`` raised: the event has no lane.
+    """
+    return event.lane if type(event) is TimerFired else agent.lane(event)
+
+
+def concerns(agent: Agent[Any], event: Event) -> bool:
+    """Whether ``event`` is for ``agent``: of a type that it consumes, and no other agent's timer."""
+    return type(event) in agent.consumes and (type(event) is not TimerFired or event.agent == agent.name)
+
+
+def decision_time(timestamp_ms: int, state: LaneState | None, event: Event | None = None) -> datetime:
+    """``ctx.now``: the latest of the record's timestamp (ms since the epoch), the lane's last decision time and, for a
+    TimerFired, when the timer was due: brokers' clocks differ, and a timer must not seem to have come too early.
+    """
     now = _time_of(timestamp_ms)
+    if type(event) is TimerFired and now < event.due:
+        now = event.due
     return now if state is None or now >= state.now else state.now
 
 
@@ -92,7 +132,8 @@ async def run_step(
     """
     state = live_state(state, timestamp_ms)
     ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
-    await agent.handle(envelope.event, ctx)
+    if (turns := begin(journal, agent.handle(envelope.event, ctx))) is not None:
+        await turns.finish()
     return _result(agent, envelope, ctx, state, kind="")
 
 
@@ -113,7 +154,8 @@ async def run_failure(
     """
     state = live_state(state, timestamp_ms)
     ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
-    await agent.on_failure(envelope.event, failure, ctx)
+    if (turns := begin(journal, agent.on_failure(envelope.event, failure, ctx))) is not None:
+        await turns.finish()
     return _result(agent, envelope, ctx, state, kind="failure")
 
 
@@ -128,7 +170,7 @@ def _context(
     return Context(
         agent=agent.name,
         metadata=envelope.metadata,
-        now=decision_time(timestamp_ms, state),
+        now=decision_time(timestamp_ms, state, envelope.event),
         priority=priority,
         state=None if state is None else state.value,
         journal=journal,
@@ -138,17 +180,19 @@ def _context(
 def _result(
     agent: Agent[Any], envelope: Envelope, ctx: Context[Any], before: LaneState | None, *, kind: str
 ) -> StepResult:
-    events, value, expires_after = ctx.collected()
-    outputs = tuple(_outputs(agent, envelope.metadata, events, ctx.now, kind)) if events else ()
+    left = ctx.outputs
+    value = left.state
+    outputs = tuple(_outputs(agent, envelope.metadata, left.emitted, ctx.now, kind)) if left.emitted else ()
+    timers = () if left.timers is None else tuple(TimerChange(name, due) for name, due in left.timers.items())
     if before is not None and value is before.value:
-        return StepResult(outputs, before, state_changed=False)
+        return StepResult(outputs, before, False, timers)
     if value is None:
-        return StepResult(outputs, None, state_changed=before is not None)
-    expires_at = None if expires_after is None else ctx.now + expires_after
-    return StepResult(outputs, LaneState(value, ctx.now, expires_at), state_changed=True)
+        return StepResult(outputs, None, before is not None, timers)
+    expires_at = None if left.expires_after is None else ctx.now + left.expires_after
+    return StepResult(outputs, LaneState(value, ctx.now, expires_at), True, timers)
 
 
-def _outputs(agent: Agent[Any], cause: Metadata, events: tuple[Event, ...], now: datetime, kind: str) -> list[Envelope]:
+def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datetime, kind: str) -> list[Envelope]:
     name, source, emits = agent.name, agent.source, agent.emits
     outputs = []
     for ordinal, event in enumerate(events):

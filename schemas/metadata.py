@@ -4,7 +4,6 @@ In: an event's cause and place. Out: :class:`Metadata`, which the codec writes a
 headers. Ids are UUIDv5 of what caused the event, so that the same decision made twice names its events alike.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha1, sha256
 from typing import Any, Final
@@ -13,6 +12,7 @@ from uuid import UUID
 import orjson
 
 from schemas.events.base import Event
+from schemas.frozen import frozen
 
 __all__ = [
     "ID_NAMESPACE",
@@ -45,7 +45,7 @@ def deterministic_id(*parts: str | int) -> str:
     True
     """
     digest = _NAMESPACE_HASH.copy()
-    digest.update("\x1f".join(map(str, parts)).encode())
+    digest.update("\x1f".join([str(part) for part in parts]).encode())
     text = digest.hexdigest()
     return f"{text[:8]}-{text[8:12]}-5{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:32]}"
 
@@ -70,7 +70,7 @@ def request_hash(request: str) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Metadata:
     """Who made an event, why, and about what.
 
@@ -89,7 +89,7 @@ class Metadata:
     traceparent: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Envelope:
     """An event and its metadata."""
 

@@ -4,8 +4,9 @@ In: a Kafka client's message. Out: :class:`Record`, which :class:`schemas.codec.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from schemas.frozen import frozen
 
 __all__ = ["Header", "KafkaMessage", "Record"]
 
@@ -37,7 +38,7 @@ class KafkaMessage(Protocol):
         """The raw headers."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Record:
     """A record and its place. ``timestamp_ms`` is the broker's append time, in milliseconds since the epoch."""
 

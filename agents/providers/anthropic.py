@@ -7,9 +7,8 @@ temperature any more, so a request's is not passed on.
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from agents.context import LlmRequest
-from agents.errors import EffectFailedError
 from agents.providers.prompt import Prompt
-from agents.providers.vendor import Completion, VendorModel, malformed, status_failure
+from agents.providers.vendor import Completion, SdkModel, idempotency_headers, malformed
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
@@ -17,15 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["AnthropicModel"]
 
 
-class AnthropicModel(VendorModel):
+class AnthropicModel(SdkModel):
     """Claude, of Anthropic or of a compatible server at ``base_url``."""
 
     name: str = "anthropic"
     default_model: ClassVar[str] = "claude-haiku-4-5"
+    sdk: ClassVar[str] = "anthropic"
 
     _client: "AsyncAnthropic | None" = None
 
-    async def _call(self, model: str, prompt: Prompt, request: LlmRequest) -> Completion:
+    async def _call(self, model: str, prompt: Prompt, request: LlmRequest, key: str) -> Completion:
         if self._client is None:
             from anthropic import AsyncAnthropic
 
@@ -39,7 +39,11 @@ class AnthropicModel(VendorModel):
             options["output_config"] = {"format": {"type": "json_schema", "schema": prompt.schema}}
         messages: list[Any] = [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
         response = await self._client.messages.create(
-            model=model, max_tokens=request.max_tokens, messages=messages, **options
+            model=model,
+            max_tokens=request.max_tokens,
+            messages=messages,
+            extra_headers=idempotency_headers(key),
+            **options,
         )
         blocks, usage = getattr(response, "content", None), getattr(response, "usage", None)
         if blocks is None or usage is None:
@@ -52,22 +56,3 @@ class AnthropicModel(VendorModel):
             completion_tokens=usage.output_tokens,
             finish_reason=response.stop_reason or "stop",
         )
-
-    def _failure(self, error: Exception) -> EffectFailedError:
-        import anthropic
-
-        if isinstance(error, anthropic.APIStatusError):
-            return status_failure(self.name, error.status_code, error.message)
-        if isinstance(error, anthropic.APITimeoutError):
-            return EffectFailedError("Timeout", f"{self.name}: {error}", retryable=True)
-        if isinstance(error, anthropic.APIConnectionError):
-            return EffectFailedError(
-                "ConnectionFailed", f"{self.name}: {error} ({error.__cause__ or 'no cause given'})", retryable=True
-            )
-        return malformed(self.name, f"{type(error).__name__}: {error}")
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()

@@ -156,7 +156,7 @@ class ExtractiveModel:
 
     name = "extractive"
 
-    async def complete(self, request: LlmRequest) -> LlmResponse:
+    async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
         """Answer ``request``; never fails."""
         question = request.messages[0].content
         if request.purpose is Purpose.PLAN:

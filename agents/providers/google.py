@@ -1,6 +1,7 @@
 """The Google adapter: the Gemini API by google-genai, the supported successor of google-generativeai.
 
-In: a rendered prompt. Out: a completion. The SDK takes a second to import, so that happens on first use.
+In: a rendered prompt. Out: a completion. The SDK takes a second to import, so that happens on first use. The API knows
+no idempotency keys, so none is sent.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -26,7 +27,7 @@ class GoogleModel(VendorModel):
     _client: "Client | None" = None
     _http: "httpx.AsyncClient | None" = None
 
-    async def _call(self, model: str, prompt: Prompt, request: LlmRequest) -> Completion:
+    async def _call(self, model: str, prompt: Prompt, request: LlmRequest, key: str) -> Completion:
         from google.genai import Client, types
 
         if self._client is None:

@@ -7,9 +7,8 @@ import re
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from agents.context import LlmRequest
-from agents.errors import EffectFailedError
 from agents.providers.prompt import Prompt
-from agents.providers.vendor import Completion, VendorModel, malformed, status_failure
+from agents.providers.vendor import Completion, SdkModel, idempotency_headers, malformed
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -23,15 +22,16 @@ _THINKING_TOKENS: Final = 4096
 """Room for the thinking of such a model, on top of what the answer may take."""
 
 
-class OpenAIModel(VendorModel):
+class OpenAIModel(SdkModel):
     """OpenAI, or an OpenAI-compatible server at ``base_url``."""
 
     name: str = "openai"
     default_model: ClassVar[str] = "gpt-5.4-mini"
+    sdk: ClassVar[str] = "openai"
 
     _client: "AsyncOpenAI | None" = None
 
-    async def _call(self, model: str, prompt: Prompt, request: LlmRequest) -> Completion:
+    async def _call(self, model: str, prompt: Prompt, request: LlmRequest, key: str) -> Completion:
         if self._client is None:
             from openai import AsyncOpenAI
 
@@ -50,7 +50,9 @@ class OpenAIModel(VendorModel):
         else:
             options |= {"max_tokens": request.max_tokens, "temperature": request.temperature}
         messages: list[Any] = [*system, *({"role": turn.role, "content": turn.content} for turn in prompt.turns)]
-        response = await self._client.chat.completions.create(model=model, messages=messages, **options)
+        response = await self._client.chat.completions.create(
+            model=model, messages=messages, extra_headers=idempotency_headers(key), **options
+        )
         choices = getattr(response, "choices", None)
         if not choices or choices[0].message is None:
             raise malformed(self.name, "the response holds no choices")
@@ -62,22 +64,3 @@ class OpenAIModel(VendorModel):
             completion_tokens=usage.completion_tokens if usage else 0,
             finish_reason=choices[0].finish_reason or "stop",
         )
-
-    def _failure(self, error: Exception) -> EffectFailedError:
-        import openai
-
-        if isinstance(error, openai.APIStatusError):
-            return status_failure(self.name, error.status_code, error.message)
-        if isinstance(error, openai.APITimeoutError):
-            return EffectFailedError("Timeout", f"{self.name}: {error}", retryable=True)
-        if isinstance(error, openai.APIConnectionError):
-            return EffectFailedError(
-                "ConnectionFailed", f"{self.name}: {error} ({error.__cause__ or 'no cause given'})", retryable=True
-            )
-        return malformed(self.name, f"{type(error).__name__}: {error}")
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()

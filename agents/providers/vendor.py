@@ -5,16 +5,17 @@ may succeed. SDKs are told not to retry: a retry is a recorded attempt of the pr
 """
 
 import asyncio
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from agents.context import LlmRequest, LlmResponse
 from agents.errors import EffectFailedError
 from agents.providers.prices import cost_usd
 from agents.providers.prompt import Prompt, render
 
-__all__ = ["Completion", "VendorModel", "malformed", "status_failure"]
+__all__ = ["Completion", "SdkModel", "VendorModel", "idempotency_headers", "malformed", "status_failure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class VendorModel(ABC):
         self._base_url = base_url
         self._timeout_s = timeout_s
 
-    async def complete(self, request: LlmRequest) -> LlmResponse:
+    async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
         """Answer ``request``; see :class:`~agents.context.LanguageModel`.
 
         Raises:
@@ -50,7 +51,7 @@ class VendorModel(ABC):
         model = request.model or self._model
         try:
             async with asyncio.timeout(self._timeout_s):
-                done = await self._call(model, render(request), request)
+                done = await self._call(model, render(request), request, idempotency_key)
         except EffectFailedError:
             raise
         except TimeoutError:
@@ -78,12 +79,43 @@ class VendorModel(ABC):
         """Close the connections. The model can be used again afterwards."""
 
     @abstractmethod
-    async def _call(self, model: str, prompt: Prompt, request: LlmRequest) -> Completion:
-        """One call by the vendor's SDK."""
+    async def _call(self, model: str, prompt: Prompt, request: LlmRequest, key: str) -> Completion:
+        """One call by the vendor's SDK; ``key`` tells the vendor a repeat, if it takes one."""
 
     @abstractmethod
     def _failure(self, error: Exception) -> EffectFailedError:
         """What an error of the SDK means."""
+
+
+class SdkModel(VendorModel):
+    """A vendor whose SDK Stainless generates, as OpenAI and Anthropic have it: their clients and errors are alike."""
+
+    sdk: ClassVar[str]
+    """The SDK's module."""
+    _client: Any = None
+
+    def _failure(self, error: Exception) -> EffectFailedError:
+        sdk: Any = importlib.import_module(self.sdk)
+        if isinstance(error, sdk.APIStatusError):
+            return status_failure(self.name, error.status_code, error.message)
+        if isinstance(error, sdk.APITimeoutError):
+            return EffectFailedError("Timeout", f"{self.name}: {error}", retryable=True)
+        if isinstance(error, sdk.APIConnectionError):
+            return EffectFailedError(
+                "ConnectionFailed", f"{self.name}: {error} ({error.__cause__ or 'no cause given'})", retryable=True
+            )
+        return malformed(self.name, f"{type(error).__name__}: {error}")
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+
+def idempotency_headers(key: str) -> dict[str, str]:
+    """The header of the IETF draft, which the SDKs send for nobody who does not set it themselves."""
+    return {"Idempotency-Key": key}
 
 
 def status_failure(provider: str, status: int, message: str) -> EffectFailedError:

@@ -33,7 +33,7 @@ class ScriptedLlm:
     requests: list[LlmRequest] = field(default_factory=list)
     name: str = "scripted"
 
-    async def complete(self, request: LlmRequest) -> LlmResponse:
+    async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
         self.requests.append(request)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):

@@ -97,9 +97,9 @@ class Liar:
         self.left = honest_after
         self.honest = ExtractiveModel()
 
-    async def complete(self, request: LlmRequest) -> LlmResponse:
+    async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
         if request.purpose is not Purpose.ANSWER or self.left == 0:
-            return await self.honest.complete(request)
+            return await self.honest.complete(request, idempotency_key=idempotency_key)
         self.left -= 1
         return LlmResponse(text="Bananas grow on Mars [1].", provider=self.name, model="m")
 

@@ -1,6 +1,5 @@
 """The extractive provider: verbatim, cited, deterministic, quick, and silent where the passages are."""
 
-import asyncio
 import time
 
 import pytest
@@ -73,7 +72,7 @@ async def test_it_says_what_it_is_and_repeats_itself() -> None:
     request = LlmRequest(
         purpose=Purpose.ANSWER, messages=(Message(role="user", content="What is httpx?"),), passages=PASSAGES
     )
-    first, second = await asyncio.gather(ExtractiveModel().complete(request), ExtractiveModel().complete(request))
+    first, second = [await ExtractiveModel().complete(request, idempotency_key=key) for key in "ab"]
     assert first == second
     assert (first.provider, first.model, first.cost_usd) == ("extractive", "extractive-1", 0.0)
     assert first.prompt_tokens > first.completion_tokens > 0

@@ -140,7 +140,7 @@ PLAN = LlmRequest(
 @pytest.mark.parametrize("vendor", VENDORS)
 async def test_a_call_gives_text_tokens_and_cost(vendor: str, server: Server, make: Make) -> None:
     server.payload = body(vendor)
-    response = await make(vendor).complete(REQUEST)
+    response = await make(vendor).complete(REQUEST, idempotency_key="key-1")
     assert response.text == "uvloop is fast [1]."
     assert response.provider == vendor
     assert (response.prompt_tokens, response.completion_tokens) == (1000, 200)
@@ -161,7 +161,7 @@ async def test_a_schema_asks_for_structured_output_and_turns_keep_their_order(
     vendor: str, server: Server, make: Make
 ) -> None:
     server.payload = body(vendor, '{"steps": [], "rationale": ""}')
-    await make(vendor).complete(PLAN)
+    await make(vendor).complete(PLAN, idempotency_key="key-1")
     sent = server.requests[0][2]
     schema = json.loads(PLAN_SCHEMA)
     if vendor == "openai":
@@ -188,7 +188,7 @@ async def test_error_statuses_are_typed_and_asked_once(
 ) -> None:
     server.status, server.payload = status, error_body(vendor, status)
     with pytest.raises(EffectFailedError) as caught:
-        await make(vendor).complete(REQUEST)
+        await make(vendor).complete(REQUEST, idempotency_key="key-1")
     assert (caught.value.error_type, caught.value.retryable) == (f"Http{status}", retryable)
     assert "told so" in caught.value.message
     assert len(server.requests) == 1
@@ -199,7 +199,7 @@ async def test_error_statuses_are_typed_and_asked_once(
 async def test_malformed_responses_are_typed(vendor: str, payload: bytes, server: Server, make: Make) -> None:
     server.payload = payload
     with pytest.raises(EffectFailedError) as caught:
-        await make(vendor).complete(REQUEST)
+        await make(vendor).complete(REQUEST, idempotency_key="key-1")
     assert (caught.value.error_type, caught.value.retryable) == ("MalformedResponse", True)
 
 
@@ -207,7 +207,7 @@ async def test_malformed_responses_are_typed(vendor: str, payload: bytes, server
 async def test_an_empty_answer_is_a_failure(vendor: str, server: Server, make: Make) -> None:
     server.payload = body(vendor, None)
     with pytest.raises(EffectFailedError) as caught:
-        await make(vendor).complete(REQUEST)
+        await make(vendor).complete(REQUEST, idempotency_key="key-1")
     assert (caught.value.error_type, caught.value.retryable) == ("EmptyResponse", False)
 
 
@@ -216,7 +216,7 @@ async def test_a_slow_server_times_out(vendor: str, server: Server, make: Make) 
     server.payload, server.delay_s = body(vendor), 5.0
     model = make(vendor, timeout_s=0.4)
     with pytest.raises(EffectFailedError) as caught:
-        await model.complete(REQUEST)
+        await model.complete(REQUEST, idempotency_key="key-1")
     assert (caught.value.error_type, caught.value.retryable) == ("Timeout", True)
 
 
@@ -224,18 +224,18 @@ async def test_a_slow_server_times_out(vendor: str, server: Server, make: Make) 
 async def test_a_lost_connection_can_be_tried_again(vendor: str, server: Server, make: Make) -> None:
     server.drop = True
     with pytest.raises(EffectFailedError) as caught:
-        await make(vendor, timeout_s=5.0).complete(REQUEST)
+        await make(vendor, timeout_s=5.0).complete(REQUEST, idempotency_key="key-1")
     assert caught.value.retryable
     refused = make(vendor, base_url="http://127.0.0.1:9", timeout_s=5.0)
     with pytest.raises(EffectFailedError) as caught:
-        await refused.complete(REQUEST)
+        await refused.complete(REQUEST, idempotency_key="key-1")
     assert (caught.value.error_type, caught.value.retryable) == ("ConnectionFailed", True)
 
 
 async def test_reasoning_models_are_given_room_and_no_temperature(server: Server, make: Make) -> None:
     server.payload = body("openai")
-    await make("openai", model="gpt-5.4-mini").complete(REQUEST)
-    await make("openai", model="gpt-4.1-mini").complete(REQUEST)
+    await make("openai", model="gpt-5.4-mini").complete(REQUEST, idempotency_key="key-1")
+    await make("openai", model="gpt-4.1-mini").complete(REQUEST, idempotency_key="key-1")
     thinks, plain = (sent for _, _, sent in server.requests)
     assert "temperature" not in thinks
     assert thinks["max_completion_tokens"] > 300
@@ -245,15 +245,24 @@ async def test_reasoning_models_are_given_room_and_no_temperature(server: Server
 async def test_a_blocked_prompt_is_final(server: Server, make: Make) -> None:
     server.payload = {"promptFeedback": {"blockReason": "SAFETY"}}
     with pytest.raises(EffectFailedError) as caught:
-        await make("google").complete(REQUEST)
+        await make("google").complete(REQUEST, idempotency_key="key-1")
     assert (caught.value.error_type, caught.value.retryable) == ("PromptBlocked", False)
+
+
+@pytest.mark.parametrize(("vendor", "sent"), [("openai", "key-1"), ("anthropic", "key-1"), ("google", None)])
+async def test_a_repeat_can_be_told_by_its_key(server: Server, make: Make, vendor: str, sent: str | None) -> None:
+    server.payload = body(vendor)
+    for _ in range(2):
+        await make(vendor).complete(REQUEST, idempotency_key="key-1")
+    assert [headers.get("idempotency-key") for _, headers, _ in server.requests] == [sent, sent]
 
 
 async def test_notes_of_a_synthesis_keep_their_own_markers(server: Server, make: Make) -> None:
     server.payload = body("openai")
     note = Passage(marker=1, chunk_id="t/2", title="What is b?", text="b is slow [2].")
     await make("openai").complete(
-        LlmRequest(purpose=Purpose.SYNTHESISE, messages=(Message(role="user", content="a or b?"),), passages=(note,))
+        LlmRequest(purpose=Purpose.SYNTHESISE, messages=(Message(role="user", content="a or b?"),), passages=(note,)),
+        idempotency_key="key-1",
     )
     assert server.requests[0][2]["messages"][-1]["content"] == "Note on: What is b?\nb is slow [2].\n\na or b?"
 

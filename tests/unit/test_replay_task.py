@@ -28,7 +28,7 @@ class Model:
     def __init__(self, *, fails: bool = False) -> None:
         self.fails = fails
 
-    async def complete(self, request: LlmRequest) -> LlmResponse:
+    async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
         if self.fails:
             raise EffectFailedError("APIStatusError", "overloaded", retryable=True)
         return LlmResponse(text=request.messages[0].content.upper(), provider="scripted", model="m")
