@@ -21,6 +21,7 @@ __all__ = ["Definition", "Families", "MetricName", "ProcessorCollector", "Proces
 
 _PROCESSOR: Final = ("agent", "instance")
 _SINK: Final = ("sink", "instance")
+_PRIORITIES: Final = ("high", "normal", "low")
 
 
 class Definition(NamedTuple):
@@ -62,6 +63,13 @@ class MetricName(Enum):
     # Of language models, as providers count and charge.
     TOKENS = Definition("magnatronic_processor_tokens", "counter", _PROCESSOR, "Prompt and completion tokens used")
     COST = Definition("magnatronic_processor_cost_dollars", "counter", _PROCESSOR, "Cost of calls in US dollars")
+    # change is assigned, revoked or lost (taken while this process was thought dead).
+    PARTITION_CHANGES = Definition(
+        "magnatronic_processor_partition_changes",
+        "counter",
+        (*_PROCESSOR, "change"),
+        "Partitions that came and went in rebalances",
+    )
     # What it holds at the moment.
     IN_FLIGHT = Definition(
         "magnatronic_processor_in_flight", "gauge", _PROCESSOR, "Events fetched whose results are not committed"
@@ -81,6 +89,19 @@ class MetricName(Enum):
         "From fetched to committed; a sample",
     )
     COMMIT = Definition("magnatronic_processor_commit_seconds", "histogram", _PROCESSOR, "Kafka transactions' duration")
+    HANDLER = Definition(
+        "magnatronic_processor_handler_seconds",
+        "histogram",
+        _PROCESSOR,
+        "Attempts of handlers, calls included; a sample",
+    )
+    # priority is high, normal or low: what waiting for a free handler costs each.
+    WAIT = Definition(
+        "magnatronic_processor_wait_seconds",
+        "histogram",
+        (*_PROCESSOR, "priority"),
+        "From fetched to the first attempt; a sample",
+    )
     RESTORE = Definition(
         "magnatronic_processor_restore_seconds", "gauge", _PROCESSOR, "Reading the state of partitions, the last time"
     )
@@ -221,6 +242,11 @@ def _add_processor(families: Families, processor: ProcessorFigures) -> None:
     families.add(name.TRANSACTIONS, (*at, "aborted"), stats.aborted)
     families.add_histogram(name.LATENCY, at, stats.latency_histogram)
     families.add_histogram(name.COMMIT, at, stats.commit_histogram)
+    families.add_histogram(name.HANDLER, at, stats.handler_histogram)
+    for priority, histogram in zip(_PRIORITIES, stats.wait_histograms, strict=True):
+        families.add_histogram(name.WAIT, (*at, priority), histogram)
+    for change, count in (("assigned", stats.assigned), ("revoked", stats.revoked), ("lost", stats.lost)):
+        families.add(name.PARTITION_CHANGES, (*at, change), count)
     for each in processor.progress:
         place = (*at, each.topic, str(each.partition))
         if each.unfinished >= 0:

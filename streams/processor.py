@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 __all__ = ["Processor"]
 
 _TICK_S: Final = 1.0
+_TIMED: Final = 64
+_TIMED_MASK: Final = 15
+"""So many of a second's handlers are timed, and of the others one in sixteen."""
 _REVOKE_S: Final = 5.0
 _CANCEL_S: Final = 1.0
 _RESTORE_S: Final = 120.0
@@ -322,6 +325,7 @@ class Processor:
     async def assigned(self, prepared: Sequence[Partition]) -> list[TopicPartition]:
         """Own the prepared partitions; what they were restored with goes on."""
         places = []
+        self.stats.assigned += len(prepared)
         for partition in prepared:
             self._owned[partition.topic, partition.number] = partition
             self._suspects.suspect(partition)
@@ -350,6 +354,10 @@ class Processor:
     async def revoked(self, partitions: Sequence[tuple[str, int]], *, lost: bool) -> None:
         """Give partitions up: their handlers are cancelled and, unless ``lost``, what is finished is committed."""
         leaving = [self._owned[place] for place in partitions if place in self._owned]
+        if lost:
+            self.stats.lost += len(leaving)
+        else:
+            self.stats.revoked += len(leaving)
         gone = set(map(id, leaving))
         dropped = [0, 0, 0]
         for partition in leaving:
@@ -450,6 +458,8 @@ class Processor:
                 wait_s = None
             elif work.order < work.partition.suspect_until:
                 wait_s = await self._suspects.run(work)
+            elif len(self.stats.handler_latencies) < _TIMED or not work.order & _TIMED_MASK:
+                wait_s = await self._timed(work)
             else:
                 wait_s = await self._handling.handle(work)
         except asyncio.CancelledError:
@@ -461,6 +471,15 @@ class Processor:
             self._finish(work)
         else:
             self._parking.wait(work.partition.lanes[work.lane], work, wait_s)
+
+    async def _timed(self, work: Work) -> float | None:
+        began = time.monotonic()
+        if work.trial is None:
+            self.stats.waits[work.partition.rank].append(began - work.since)
+        try:
+            return await self._handling.handle(work)
+        finally:
+            self.stats.handler_latencies.append(time.monotonic() - began)
 
     def _finish(self, work: Work) -> None:
         if not work.settles:

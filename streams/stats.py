@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from schemas.events import ProcessorStats
+from streams.dispatch import RANKS
 from streams.histogram import COMMIT_BOUNDS, Histogram
 
 __all__ = ["Stats"]
 
 _SAMPLES: Final = 4096
+
+
+def _samples() -> deque[float]:
+    return deque(maxlen=_SAMPLES)
 
 
 @dataclass(slots=True)
@@ -24,8 +29,10 @@ class Stats:
     ``retries`` those that are followed by another, ``journalled`` effects committed before their step was done,
     ``cancelled`` stopped steps, ``timers`` those that fired. ``in_flight``, ``lag``, ``parked`` (events that wait for
     their next attempt) and ``restore_s`` (how long the last restore took) are the latest figures, not counts.
+    ``assigned``, ``revoked`` and ``lost`` count partitions that came and went.
     ``latencies``: from fetched to committed, a sample a transaction and more. ``commit_latencies``: of transactions.
-    Each :meth:`interval` moves both into the histograms, which begin with the processor.
+    ``handler_latencies``: of attempts. ``waits``: from fetched to the first attempt, by rank. Both are samples.
+    Each :meth:`interval` moves all of them into the histograms, which begin with the processor.
     """
 
     events_in: int = 0
@@ -45,10 +52,17 @@ class Stats:
     cancelled: int = 0
     timers: int = 0
     restore_s: float = 0.0
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
-    commit_latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    assigned: int = 0
+    revoked: int = 0
+    lost: int = 0
+    latencies: deque[float] = field(default_factory=_samples)
+    commit_latencies: deque[float] = field(default_factory=_samples)
+    handler_latencies: deque[float] = field(default_factory=_samples)
+    waits: tuple[deque[float], ...] = field(default_factory=lambda: tuple(_samples() for _ in RANKS))
     latency_histogram: Histogram = field(default_factory=Histogram)
     commit_histogram: Histogram = field(default_factory=lambda: Histogram(COMMIT_BOUNDS))
+    handler_histogram: Histogram = field(default_factory=Histogram)
+    wait_histograms: tuple[Histogram, ...] = field(default_factory=lambda: tuple(Histogram() for _ in RANKS))
     _told: tuple[int, int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0, 0.0)
 
     def interval(
@@ -56,10 +70,11 @@ class Stats:
     ) -> ProcessorStats:
         """The figures since the last call. ``stalled`` says what holds it up, ``partitions`` how many it owns."""
         p50_ms, p99_ms = quantile_ms(self.latencies, 0.5), quantile_ms(self.latencies, 0.99)
-        self.latency_histogram.add(self.latencies)
-        self.commit_histogram.add(self.commit_latencies)
-        self.latencies.clear()
-        self.commit_latencies.clear()
+        self._move(self.latencies, self.latency_histogram)
+        self._move(self.commit_latencies, self.commit_histogram)
+        self._move(self.handler_latencies, self.handler_histogram)
+        for waits, histogram in zip(self.waits, self.wait_histograms, strict=True):
+            self._move(waits, histogram)
         now = (
             self.events_in,
             self.events_out,
@@ -93,6 +108,11 @@ class Stats:
             parked=self.parked,
             skipped=int(skipped),
         )
+
+    @staticmethod
+    def _move(samples: "deque[float]", histogram: Histogram) -> None:
+        histogram.add(samples)
+        samples.clear()
 
 
 def quantile_ms(samples: "deque[float]", quantile: float) -> float:

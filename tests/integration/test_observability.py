@@ -114,6 +114,12 @@ async def test_a_handler_that_hangs_is_named_until_it_is_done(kafka: Any) -> Non
         assert figures["magnatronic_processor_events_total", at] == 31
         assert figures["magnatronic_processor_latency_seconds_count", at] > 0
         assert figures["magnatronic_processor_commit_seconds_count", at] > 0
+        assert figures["magnatronic_processor_handler_seconds_count", at] == 31
+        waited = (*at, ("priority", "normal"))
+        assert figures["magnatronic_processor_wait_seconds_count", waited] == 31
+        assert figures["magnatronic_processor_wait_seconds_sum", waited] < 31
+        changes = (at[0], ("change", "assigned"), at[1])
+        assert figures["magnatronic_processor_partition_changes_total", changes] == 3
         assert figures["magnatronic_ready", ()] == 1
     finally:
         runner.stop()

@@ -87,7 +87,12 @@ def busy_runner(*causes: Cause) -> Any:
         cancelled=1,
         timers=9,
         restore_s=1.5,
+        assigned=4,
+        revoked=2,
+        lost=1,
     )
+    stats.handler_latencies.append(2.0)
+    stats.waits[2].extend([0.1, 0.2])
     stats.latencies.extend([0.0005, 0.004, 0.004, 400.0])
     stats.commit_latencies.extend([0.003, 0.004])
     stats.interval(agent="researcher", instance="host-up-0", interval_s=1.0)
@@ -160,6 +165,13 @@ async def test_a_scrape_says_what_the_counters_say(observer: Observer) -> None:
         assert scrape(f"magnatronic_processor_{name}", **PROCESSOR) == value, name
     assert scrape("magnatronic_processor_transactions_total", outcome="committed") == 50
     assert scrape("magnatronic_processor_transactions_total", outcome="aborted") == 4
+    for change, count in {"assigned": 4, "revoked": 2, "lost": 1}.items():
+        assert scrape("magnatronic_processor_partition_changes_total", change=change) == count
+    assert scrape("magnatronic_processor_handler_seconds_sum", **PROCESSOR) == 2.0
+    counts = [
+        scrape("magnatronic_processor_wait_seconds_count", priority=priority) for priority in ("high", "normal", "low")
+    ]
+    assert counts == [0, 0, 2]
     place = {"topic": "tasks.normal", "partition": "0"}
     assert scrape("magnatronic_partition_unfinished_offset", **place) == 17
     assert scrape("magnatronic_partition_in_flight", **place) == 2
