@@ -4,24 +4,60 @@ In: samples of one quantity, one a round. Out: :class:`Figure` (median, lowest, 
 and JSON. Ratios are figures too, made round by round from two systems that ran side by side.
 """
 
+import math
 import os
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final, Self
 
 import orjson
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["RATIO", "Figure", "Report", "machine", "percentile", "ratio"]
+__all__ = ["RATIO", "Figure", "Histogram", "Report", "machine", "percentile", "ratio"]
 
 RATIO = "x"
 """The unit of ratios."""
+
+_BARS: Final = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How a quantity is spread: ``counts`` of values up to each of ``bounds``, ascending, in the figure's unit."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Bounds go up by the factor √2, so that a bar is as wide for quick values as for slow ones. ``values`` must
+        be positive; there must be some.
+        """
+        steps = [math.ceil(2 * math.log2(max(value, 1e-9))) for value in values]
+        first, last = min(steps), max(steps)
+        counts = Counter(steps)
+        return cls(
+            tuple(2.0 ** (step / 2) for step in range(first, last + 1)),
+            tuple(counts[step] for step in range(first, last + 1)),
+        )
+
+    def as_text(self) -> str:
+        """One line: the lowest bar's bound, a bar for each (its height is the logarithm of the count), the highest's.
+
+        >>> Histogram((1.0, 1.4, 2.0), (1, 100, 0)).as_text()
+        '1 ▂█  2'
+        """
+        most = math.log2(max(self.counts) + 1)
+        heights = [math.ceil(math.log2(count + 1) / most * len(_BARS)) for count in self.counts]
+        bars = "".join(_BARS[height - 1] if height else " " for height in heights)
+        return f"{self.bounds[0]:.3g} {bars} {self.bounds[-1]:.3g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +69,7 @@ class Figure:
     unit: str
     samples: tuple[float, ...]
     note: str = ""
+    histogram: Histogram | None = None
 
     @property
     def median(self) -> float:
@@ -40,7 +77,8 @@ class Figure:
         return statistics.median(self.samples)
 
     def as_json(self) -> dict[str, Any]:
-        """The figure with its median, lowest and highest sample."""
+        """The figure with its median, lowest and highest sample, and its histogram if it has one."""
+        spread = self.histogram
         return {
             "part": self.part,
             "name": self.name,
@@ -50,7 +88,7 @@ class Figure:
             "high": max(self.samples),
             "samples": list(self.samples),
             "note": self.note,
-        }
+        } | ({} if spread is None else {"histogram": {"bounds": spread.bounds, "counts": spread.counts}})
 
 
 def ratio(part: str, name: str, ours: Sequence[float], theirs: Sequence[float], note: str = "") -> Figure:
@@ -116,7 +154,10 @@ class Report:
             span = f"{_short(min(figure.samples))} – {_short(max(figure.samples))}" if len(figure.samples) > 1 else ""
             style = "bold" if figure.unit == RATIO else ""
             shown = figure.part if figure.part != part else ""
-            table.add_row(shown, figure.name, _short(figure.median), figure.unit, span, figure.note, style=style)
+            note = figure.note
+            if figure.histogram is not None:
+                note = f"{note} {figure.histogram.as_text()}".strip()
+            table.add_row(shown, figure.name, _short(figure.median), figure.unit, span, note, style=style)
             part = figure.part
         console.print(table)
         for failed, reason in self.failures.items():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, latency, pipeline, restore, sinks, step
+from bench import codec, inflight, latency, pipeline, priority, restore, sinks, slow, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -18,7 +18,7 @@ __all__ = ["PARTS", "Part", "Scale"]
 @dataclass(frozen=True, slots=True)
 class Scale:
     """How much is measured: events of the typed step, rows of a sink's round, tasks, lanes of a changelog, rounds,
-    seconds of a probe.
+    seconds of a probe, seconds of a slow handler and the quick ones beside it, calls in flight, a backlog and probes.
     """
 
     events: int = 100_000
@@ -28,12 +28,31 @@ class Scale:
     lanes: int = 1_000_000
     rounds: int = 3
     probe_s: float = 8.0
+    slow_s: float = 60.0
+    beside: int = 10_000
+    calls: int = 40_000
+    backlog: int = 100_000
+    probes: int = 100
     is_quick: bool = False
 
     @classmethod
     def quick(cls) -> Self:
         """Enough to see that everything runs."""
-        return cls(events=20_000, rows=2_000, chunks=500, tasks=50, lanes=20_000, rounds=1, probe_s=2.0, is_quick=True)
+        return cls(
+            events=20_000,
+            rows=2_000,
+            chunks=500,
+            tasks=50,
+            lanes=20_000,
+            rounds=1,
+            probe_s=2.0,
+            slow_s=5.0,
+            beside=2_000,
+            calls=12_000,
+            backlog=20_000,
+            probes=20,
+            is_quick=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +81,18 @@ def _latency(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return latency.measure(bootstrap_servers, seconds=scale.probe_s)
 
 
+def _slow(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return slow.measure(bootstrap_servers, slow_s=scale.slow_s, quick=scale.beside, log=_log)
+
+
+def _inflight(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return inflight.measure(bootstrap_servers, events=scale.calls)
+
+
+def _priority(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return priority.measure(bootstrap_servers, backlog=scale.backlog, probes=scale.probes, log=_log)
+
+
 def _clickhouse(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     step.fill(bootstrap_servers, scale.events)
     return sinks.measure_clickhouse(bootstrap_servers, tasks=scale.events, rows=scale.rows, rounds=scale.rounds)
@@ -83,6 +114,9 @@ PARTS: tuple[Part, ...] = (
     Part("codec", False, _codec),
     Part("step", True, _step),
     Part("latency", True, _latency),
+    Part("slow", True, _slow),
+    Part("inflight", True, _inflight),
+    Part("priority", True, _priority),
     Part("clickhouse", True, _clickhouse),
     Part("milvus", True, _milvus),
     Part("restore", True, _restore),

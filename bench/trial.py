@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import orjson
 import psutil
 from confluent_kafka.admin import AdminClient
 
@@ -34,13 +35,17 @@ _WARM_UP: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """``rate`` in events/s, ``cpu_s_per_1k`` in CPU seconds of the worker per 1,000 events, both over ``events``."""
+    """``rate`` in events/s, ``cpu_s_per_1k`` in CPU seconds of the worker per 1,000 events, both over ``events``.
+
+    ``report`` is what the worker wrote into ``report.json`` of its folder, if it did.
+    """
 
     rate: float
     cpu_s_per_1k: float
     events: int
     commits: int
     outputs: list[Output]
+    report: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,11 @@ class Worker:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
+    def report(self) -> dict[str, float]:
+        """What it wrote into ``report.json`` as it ended; empty when it wrote none."""
+        path = self._log_path.parent / "report.json"
+        return dict(orjson.loads(path.read_bytes())) if path.exists() else {}
+
     def last_lines(self) -> str:
         """The end of what it wrote."""
         return self._log_path.read_text(errors="replace")[-3000:].strip() or "(it wrote nothing)"
@@ -114,8 +124,9 @@ def run_trial(
     partitions: int,
     wanted: int,
     all_of_it: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> Trial:
-    """Run ``bench.workers.<module>`` until ``wanted`` outputs are committed to ``target``.
+    """Run ``bench.workers.<module>``, with its ``options``, until ``wanted`` outputs are committed to ``target``.
 
     With ``all_of_it`` the run goes on until nothing more is committed, so that doubles would show.
 
@@ -125,15 +136,17 @@ def run_trial(
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     start = stable_offsets(admin, target, partitions)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        worker = Worker(module, WorkerTask(bootstrap_servers, group, source, target, partitions, folder))
+        task = WorkerTask(bootstrap_servers, group, source, target, partitions, folder, dict(options or {}))
+        worker = Worker(module, task)
         try:
             samples = _watch(worker, admin, target, start, wanted, all_of_it=all_of_it)
             if worker.children():
                 raise RuntimeError(f"worker {module} has started processes, whose CPU time would be missed")
         finally:
             worker.stop()
+        report = worker.report()
     outputs = read_between(bootstrap_servers, target, start, stable_offsets(admin, target, partitions))
-    return steady_part(module, samples, outputs, wanted)
+    return replace(steady_part(module, samples, outputs, wanted), report=report)
 
 
 def _watch(

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import orjson
 
@@ -18,7 +18,10 @@ __all__ = ["WorkerTask", "end_with_parent"]
 
 @dataclass(frozen=True, slots=True)
 class WorkerTask:
-    """Read ``source`` from its start as consumer group ``group``, and write one output an event to ``target``."""
+    """Read ``source`` from its start as consumer group ``group``, and write one output an event to ``target``.
+
+    ``options`` are for the worker that knows them.
+    """
 
     bootstrap_servers: str
     group: str
@@ -26,6 +29,7 @@ class WorkerTask:
     target: str
     partitions: int
     folder: str
+    options: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """The worker's argument."""

@@ -2,18 +2,29 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from agents.context import Ports
+from agents.journal import Journal
+from agents.step import run_step
 from bench.__main__ import main
-from bench.figures import RATIO, Figure, Report, percentile, ratio
+from bench.figures import RATIO, Figure, Histogram, Report, percentile, ratio
+from bench.hop import ANY_PARTITION, Hop, Shot, shots_of
 from bench.kafka import Output, committed_counts
-from bench.parts import PARTS
+from bench.parts import PARTS, Scale
+from bench.priority import _probe
 from bench.samples import chunk, completion, completion_metadata, metadata_for, record_of, step_completed, submission
 from bench.trial import Sample, steady_part
+from bench.workers.effects_worker import CallingAgent, WaitingModel
+from bench.workers.task import WorkerTask
 from schemas.codec import Codec
+from schemas.events import PlanRejected, Priority
+from schemas.metadata import Envelope
 from schemas.record import Record
 from schemas.topics import key_of
 
@@ -54,6 +65,90 @@ def test_a_report_shows_every_figure_and_failure() -> None:
         "note": "",
     }
     assert document["failures"] == {"step": "RuntimeError: lost"}
+
+
+def test_a_histogram_counts_every_value_below_its_bound() -> None:
+    values = [0.9, 1.0, 1.1, 3.9, 4.0, 100.0]
+    spread = Histogram.of(values)
+    assert sum(spread.counts) == len(values)
+    below = 0.0
+    for bound, count in zip(spread.bounds, spread.counts, strict=True):
+        assert count == sum(1 for value in values if below < value <= bound * 1.000001)
+        below = bound * 1.000001
+    assert spread.bounds[0] >= 0.9
+    assert spread.bounds[-1] / 2**0.5 < 100.0 <= spread.bounds[-1]
+
+
+def test_a_histogram_is_shown_and_told() -> None:
+    spread = Histogram((1.0, 2.0, 4.0), (1, 0, 1000))
+    assert spread.as_text() == "1 \u2581 \u2588 4"
+    figure = Figure("p", "p50", "ms", (1.0,), "of all", spread)
+    assert figure.as_json()["histogram"] == {"bounds": (1.0, 2.0, 4.0), "counts": (1, 0, 1000)}
+    assert "histogram" not in Figure("p", "p50", "ms", (1.0,)).as_json()
+    report = Report([figure], machine={"cores": 2, "system": "Linux", "python": "3.11", "load_1_min": 0.1})
+    console = Console(width=120, record=True, file=io.StringIO())
+    report.print(console)
+    assert f"of all {spread.as_text()}" in console.export_text()
+
+
+def test_shots_are_ready_to_send() -> None:
+    first, second = shots_of([submission(1), submission(2)], 3)
+    assert (first.key, first.partition, second.key) == (b"bench-00000001", 3, b"bench-00000002")
+    record = Record("tasks.normal", 3, 0, 0, first.key, first.value, first.headers)
+    assert Codec().decode(record).event == submission(1)
+    assert shots_of([submission(1)])[0].partition == ANY_PARTITION
+
+
+class _AnsweringHop(Hop):
+    """Answers at once, in as many seconds as it has answered."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def send(self, shot: Shot) -> None:
+        self.sent.append(shot.key)
+
+    def wait(self, keys: Iterable[bytes], *, timeout_s: float = 1.0) -> list[float]:
+        assert list(keys) == self.sent[-1:]
+        return [float(len(self.sent))]
+
+
+def test_probes_that_may_have_outlived_the_backlog_do_not_count() -> None:
+    shots = shots_of(submission(number) for number in range(9))
+    hop, left = _AnsweringHop(), iter([True, True, True, False])
+    assert _probe(hop, shots, lambda: next(left)) == [2000.0, 3000.0]  # the first warms up, the fourth is too late
+    assert len(hop.sent) == 4
+    with pytest.raises(RuntimeError, match="worked off before a probe"):
+        _probe(_AnsweringHop(), shots, lambda: False)
+
+
+async def test_the_calling_agent_waits_as_long_as_its_task_says() -> None:
+    model, agent = WaitingModel(), CallingAgent()
+    for seconds, calls in (("0", 0), ("0.01", 1)):
+        event = submission(1).model_copy(update={"parameters": {"wait_s": seconds}})
+        cause = metadata_for(event)
+        journal = Journal(
+            agent=agent.name, source=agent.source, key=cause.subject, cause=cause, ports=Ports(llm=model), timeout_s=5.0
+        )
+        result = await run_step(
+            agent, Envelope(event, cause), timestamp_ms=0, priority=Priority.HIGH, state=None, journal=journal
+        )
+        assert len(journal.performed) == calls
+        (made,) = result.outputs
+        assert made.event == PlanRejected(task_id=event.task_id, objective=event.objective, reason=event.objective)
+    assert (model.calls, model.peak_calls) == (0, 1)
+
+
+def test_a_worker_is_told_its_options() -> None:
+    task = WorkerTask("127.0.0.1:1", "g", "s", "t", 4, "/tmp", {"topics": ["a", "b"], "wait_s": 0.5})
+    assert WorkerTask(**json.loads(task.as_json())) == task
+
+
+def test_a_quick_run_measures_less_of_everything() -> None:
+    full, quick = asdict(Scale()), asdict(Scale.quick())
+    assert quick.pop("is_quick")
+    assert not full.pop("is_quick")
+    assert all(quick[name] < full[name] for name in full)
 
 
 def output(partition: int, offset: int) -> Output:
