@@ -3,25 +3,36 @@
 In: a task's records (inputs, effects, outputs) and the agents' code. Each step is run by the same
 :func:`agents.step.run_step` that ran it live, with the recorded effects in place of the outside world. Out: a
 :class:`ReplayReport` with the hash of every output, recorded and re-decided; equal hashes prove that the recorded
-decisions are the ones this code makes.
+decisions are the ones this code makes. A step that was cancelled is not decided again: the log says why it has no
+outputs. A fired timer must be one that a step decided now has set.
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
 from agents.agent import Agent
 from agents.errors import NondeterminismError
 from agents.journal import Journal
-from agents.step import LaneState, StepResult, failure_of, run_failure, run_step
+from agents.step import LaneState, StepResult, concerns, failure_of, lane_of, run_failure, run_step
 from replay.errors import OpenTaskError, UnknownTaskError
 from replay.log import read_log
 from schemas.codec import Codec
-from schemas.events import Effect, Event, TaskCancelled, TaskCompleted, TaskExpired, TaskFailed
-from schemas.metadata import Envelope
+from schemas.events import (
+    Effect,
+    Event,
+    StepCancelled,
+    TaskCancelled,
+    TaskCompleted,
+    TaskExpired,
+    TaskFailed,
+    TimerFired,
+)
+from schemas.metadata import REDRIVE_HEADER, Envelope, deterministic_id
 from schemas.record import Header, Record
 from schemas.topics import TOPICS, key_of, priority_of, topic_name
 
@@ -29,6 +40,7 @@ __all__ = ["OutputCheck", "ReplayReport", "ReplayedStep", "record_hash", "redeci
 
 _OUTCOMES = (TaskCompleted, TaskFailed, TaskExpired, TaskCancelled)
 _NOT_DECIDED = "traceparent"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def record_hash(topic: str, key: bytes | None, value: bytes | None, headers: Iterable[Header]) -> str:
@@ -148,17 +160,25 @@ async def redecide(
     steps = []
     for record, envelope in _by_time(history):
         for agent in agents:
-            if _handles(agent, envelope.event):
-                lane = (agent.name, record.topic, record.partition, agent.lane(envelope.event))
+            handled = agent.name, envelope.metadata.id
+            if _handles(agent, record, envelope.event) and handled not in recorded.cancelled:
+                lane = (agent.name, record.topic, record.partition, lane_of(agent, envelope.event))
                 step, states[lane] = await _redecide_step(agent, record, envelope, states.get(lane), recorded, codec)
                 steps.append(step)
     return ReplayReport(task_id, tuple(steps))
 
 
-def _handles(agent: Agent[Any], event: Event) -> bool:
+def _handles(agent: Agent[Any], record: Record, event: Event) -> bool:
     """Whether ``event`` is one for ``agent``; workers see only the topics of their own capabilities."""
-    mine = not agent.capabilities or getattr(event, "capability", None) in agent.capabilities
-    return type(event) in agent.consumes and mine
+    if not concerns(agent, event) or _redriven_for(record) not in ("", agent.name):
+        return False
+    return not agent.capabilities or type(event) is TimerFired or event.__dict__.get("capability") in agent.capabilities
+
+
+def _redriven_for(record: Record) -> str:
+    """The one agent that the record was sent again for, empty for a record that is for all."""
+    name, value = record.headers[-1] if record.headers else ("", None)
+    return (value or b"").decode() if name == REDRIVE_HEADER else ""
 
 
 def _by_time(history: Sequence[tuple[Record, Envelope]]) -> list[tuple[Record, Envelope]]:
@@ -176,16 +196,43 @@ class _Recorded:
     """What the log says each step did: effects and outputs by the agent and the event that caused them."""
 
     def __init__(self, history: Sequence[tuple[Record, Envelope]]) -> None:
-        self.effects: dict[tuple[str, str], list[Effect]] = defaultdict(list)
-        self.outputs: dict[tuple[str, str], list[tuple[Record, Envelope]]] = defaultdict(list)
+        self._effects: dict[tuple[str, str], list[tuple[Record, Effect]]] = defaultdict(list)
+        self._outputs: dict[tuple[str, str], list[tuple[Record, Envelope]]] = defaultdict(list)
+        self._redriven: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.cancelled: set[tuple[str, str]] = set()
+        self.timers: set[str] = set()
+        """The ids that TimerFired have for timers that were set so far, decided now."""
         for record, envelope in history:
             event, metadata = envelope.event, envelope.metadata
+            if agent := _redriven_for(record):
+                self._redriven[agent, metadata.id].append(record.timestamp_ms)
             if isinstance(event, Effect):
-                self.effects[event.agent, event.event_id].append(event)
-            elif metadata.causation_id:
-                self.outputs[_agent_name(metadata.source), metadata.causation_id].append((record, envelope))
-        for effects in self.effects.values():
-            effects.sort(key=lambda effect: effect.sequence)
+                self._effects[event.agent, event.event_id].append((record, event))
+            elif isinstance(event, StepCancelled):
+                self.cancelled.add((event.agent, event.event_id))
+            elif metadata.causation_id and not agent and type(event) is not TimerFired:
+                self._outputs[_agent_name(metadata.source), metadata.causation_id].append((record, envelope))
+
+    def take(self, step: tuple[str, str], record: Record) -> tuple[list[Effect], list[tuple[Record, Envelope]]]:
+        """The effects and outputs of ``step``, an agent's name and an event's id, that come of ``record``.
+
+        An event that was sent again after it had failed is handled anew, under the same id: what was written before
+        that is the first handling's.
+        """
+        again = min((at for at in self._redriven.get(step, ()) if at > record.timestamp_ms), default=None)
+
+        def mine(at: int) -> bool:
+            return again is None or at < again
+
+        effects, outputs = self._effects.pop(step, []), self._outputs.pop(step, [])
+        if later := [item for item in effects if not mine(item[0].timestamp_ms)]:
+            self._effects[step] = later
+        if left := [item for item in outputs if not mine(item[0].timestamp_ms)]:
+            self._outputs[step] = left
+        return (
+            sorted((effect for of, effect in effects if mine(of.timestamp_ms)), key=lambda effect: effect.sequence),
+            [item for item in outputs if mine(item[0].timestamp_ms)],
+        )
 
 
 def _agent_name(source: str) -> str:
@@ -200,7 +247,7 @@ async def _redecide_step(
     recorded: _Recorded,
     codec: Codec,
 ) -> tuple[ReplayedStep, LaneState | None]:
-    effects = recorded.effects[agent.name, envelope.metadata.id]
+    effects, written = recorded.take((agent.name, envelope.metadata.id), record)
     journal = Journal(
         agent=agent.name,
         source=agent.source,
@@ -212,7 +259,15 @@ async def _redecide_step(
     result, difference = await _decide(agent, record, envelope, state, journal)
     if not difference and (unasked := journal.unasked()):
         difference = f"recorded, but not asked for any more: {', '.join(unasked)}"
-    outputs = _compare(result, record, recorded.outputs.pop((agent.name, envelope.metadata.id), []), codec)
+    if not difference and type(envelope.event) is TimerFired and envelope.metadata.id not in recorded.timers:
+        difference = f"the timer {envelope.event.timer!r} that fired was not set by any step decided again"
+    lane = lane_of(agent, envelope.event)
+    recorded.timers.update(
+        deterministic_id(envelope.metadata.id, agent.name, "timer", lane, timer.name, _micros(timer.due))
+        for timer in result.timers
+        if timer.due is not None
+    )
+    outputs = _compare(result, record, written, codec)
     step = ReplayedStep(
         agent=agent.name,
         event_type=type(envelope.event).__name__,
@@ -225,6 +280,10 @@ async def _redecide_step(
         difference=difference,
     )
     return step, result.state
+
+
+def _micros(at: datetime) -> int:
+    return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 async def _decide(
