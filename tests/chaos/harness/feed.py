@@ -23,9 +23,7 @@ __all__ = ["Feeder"]
 
 Place = tuple[str, int]
 
-_CALLS_SHARE: Final = 0.1
 _FAILING: Final = 0.005
-_SERIAL: Final = 0.1
 _SUM_TASKS: Final = 2000
 _CALL_TASKS: Final = 5000
 _TICK_S: Final = 0.02
@@ -34,20 +32,32 @@ _TRICKLE: Final = 60.0
 
 
 class Feeder:
-    """Feeds ``events`` events at most ``rate`` a second, in a thread of its own.
+    """Feeds ``events`` events at most ``rate`` a second, in a thread of its own. ``calls_share`` of them are for the agent
+    that makes calls, and ``serial_share`` of those make many, one after the other.
 
     None come while :meth:`hold` is set: a backlog that grows without bound shows nothing new. Few come past the number
     that :meth:`pace` was told, so that each partition still moves. ``fed`` counts what was produced, ``places`` holds
     the highest offset that was delivered to each partition.
     """
 
-    def __init__(self, kafka: Mapping[str, Any], *, events: int, rate: float, seed: int) -> None:
+    def __init__(
+        self,
+        kafka: Mapping[str, Any],
+        *,
+        events: int,
+        rate: float,
+        seed: int,
+        calls_share: float,
+        serial_share: float,
+    ) -> None:
         self.events = events
         self.fed = 0
         self.delivered = 0
         self.places: dict[Place, int] = {}
         self.error: BaseException | None = None
         self._rate = rate
+        self._calls_share = calls_share
+        self._serial_share = serial_share
         self._rng = random.Random(f"{seed}/feed")
         self._codec = Codec()
         self._producer = Producer(producer_settings(kafka, "chaos-feeder"))
@@ -107,10 +117,10 @@ class Feeder:
     def _one(self, number: int) -> None:
         rng = self._rng
         parameters: dict[str, str]
-        if rng.random() < _CALLS_SHARE:
+        if rng.random() < self._calls_share:
             topic, task = CALLS_TOPIC, f"c{rng.randrange(_CALL_TASKS)}"
             parameters = {"calls": str(rng.choice((2, 2, 3)))}
-            if rng.random() < _SERIAL:
+            if rng.random() < self._serial_share:
                 parameters = {"calls": "6", "order": "serial"}
             if rng.random() < _FAILING:
                 parameters["fail"] = "yes"

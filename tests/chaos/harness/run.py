@@ -39,6 +39,7 @@ GROUPS: Final = tuple(binding.group for binding in bindings())
 
 _TICK_S: Final = 0.02
 _SHORTER_S: Final = 0.6
+_LOOK_AGAIN_S: Final = 0.3
 _LEAD_S: Final = 2.0
 _FIRST_S: Final = 60.0
 _BACKLOG: Final = 60_000
@@ -51,13 +52,17 @@ Script = Generator[Step, None, None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to run. ``rate`` is events fed a second; ``quiet_s`` bounds the wait for the end after the last fault."""
+    """What to run. ``rate`` is events fed a second, ``calls_share`` of them lead to calls, and ``serial_share`` of those
+    to many calls in turn; ``quiet_s`` bounds the wait for the end after the last fault.
+    """
 
     events: int
     faults: int
     brokers: int
     seed: int
     rate: float = 1500.0
+    calls_share: float = 0.1
+    serial_share: float = 0.1
     workers: int = 3
     partitions: int = 6
     session_timeout_ms: int = 6000
@@ -155,6 +160,8 @@ class Run:
             events=options.events,
             rate=options.rate,
             seed=options.seed,
+            calls_share=options.calls_share,
+            serial_share=options.serial_share,
         )
         self._verifier = Verifier(self._view, self._folder, GROUPS, places)
         self._note(f"{options.brokers} brokers are up; seed {options.seed}")
@@ -293,6 +300,9 @@ class Run:
             case Kind.WORKERS_KILLED | Kind.WORKER_GONE:
                 # Its time is taken, or the log is looked at: nothing else may be the cause of what is seen.
                 return frozenset({*workers, "brokers"})
+            case Kind.WORKER_ZOMBIE | Kind.WORKER_REPLACED:
+                # One at a time, so that somebody is there to take over.
+                return frozenset({f"worker-{fault.target}", "absent"})
             case Kind.SINK_KILL | Kind.SINK_ZOMBIE:
                 return frozenset({"sink"})
             case _ if fault.kind.name.startswith("BROKER"):
@@ -340,6 +350,9 @@ class Run:
     def _kill(self, name: str, away_s: float) -> Script:
         worker = name.startswith("worker-")
         places = self._owned(name) if worker else set()
+        while away_s and not places:
+            yield _LOOK_AGAIN_S  # it has just come back; its end would be nobody's loss
+            places = self._owned(name)
         killed = time.monotonic()
         self._children.kill(name)
         if away_s:
