@@ -32,8 +32,8 @@ _TRICKLE: Final = 60.0
 
 
 class Feeder:
-    """Feeds ``events`` events at most ``rate`` a second, in a thread of its own. ``calls_share`` of them are for the agent
-    that makes calls, and ``serial_share`` of those make many, one after the other.
+    """Feeds ``events`` events at most ``rate`` a second, in a thread of its own. ``calls_share`` of them are for the
+    agent that makes calls, and ``serial_share`` of those make many, one after the other.
 
     None come while :meth:`hold` is set: a backlog that grows without bound shows nothing new. Few come past the number
     that :meth:`pace` was told, so that each partition still moves. ``fed`` counts what was produced, ``places`` holds

@@ -52,8 +52,8 @@ Script = Generator[Step, None, None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to run. ``rate`` is events fed a second, ``calls_share`` of them lead to calls, and ``serial_share`` of those
-    to many calls in turn; ``quiet_s`` bounds the wait for the end after the last fault.
+    """What to run. ``rate`` is events fed a second, ``calls_share`` of them lead to calls, and ``serial_share`` of
+    those to many calls in turn; ``quiet_s`` bounds the wait for the end after the last fault.
     """
 
     events: int
