@@ -34,14 +34,26 @@ from sinks.milvus.store import MilvusStore
 from sinks.sink import Sink
 from streams.bindings import Binding, bind
 
-__all__ = ["AGENT_ROLES", "ROLES", "Workbench", "agents_of", "all_agents", "instance_name", "ready_codec"]
+__all__ = [
+    "AGENT_ROLES",
+    "MONITOR_ROLE",
+    "ROLES",
+    "SINK_ROLES",
+    "Workbench",
+    "agents_of",
+    "all_agents",
+    "instance_name",
+    "ready_codec",
+]
 
 AGENT_ROLES: Final = ("decomposer", "coordinator", "retriever", "researcher", "overseer", "embedder")
 """Each agent is a role of its own."""
 
 SINK_ROLES: Final = ("sink-clickhouse", "sink-milvus")
 
-ROLES: Final = (*AGENT_ROLES, "agents", *SINK_ROLES)
+MONITOR_ROLE: Final = "monitor"
+
+ROLES: Final = (*AGENT_ROLES, "agents", *SINK_ROLES, MONITOR_ROLE)
 """What ``magnatronic run`` takes; ``agents`` is all agents in one process."""
 
 _NEEDS_MEMORY: Final = frozenset({"retriever", "researcher"})
@@ -74,7 +86,7 @@ def ready_codec(settings: Settings) -> Codec:
 
 
 def agents_of(role: str) -> tuple[str, ...]:
-    """The names of the agents that ``role`` runs; none for a sink.
+    """The names of the agents that ``role`` runs; none for a sink and the monitor.
 
     Raises:
         WrongInputError: there is no such role.

@@ -79,6 +79,12 @@ class Settings(AlertSettings, ClusterSettings):
         "four fifths of the machine's, or of its control group's; 0: any",
     )
 
+    monitor: bool = Field(
+        True, description="Whether `magnatronic up` runs the Monitor beside it; `magnatronic run monitor` runs it alone"
+    )
+    monitor_instance: str | None = Field(
+        None, description="Names a Monitor worker that is started by hand; each needs another name"
+    )
     partitions: Annotated[int, Field(ge=1)] = Field(4, description="Partitions of a new topic, where it fixes none")
 
     openai_api_key: SecretStr | None = Field(

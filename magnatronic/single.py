@@ -1,12 +1,13 @@
 """One role alone in this process, on a cluster or beside a running system.
 
-In: a role's name and the system found. Out: :class:`SingleRole`, which runs the role's agents or sink until it is
-stopped. Many processes may run the same role; each holds a slot, which names it to Kafka and is the same after a
+In: a role's name and the system found. Out: :class:`SingleRole`, which runs the role's agents, sink or monitor until it
+is stopped. Many processes may run the same role; each holds a slot, which names it to Kafka and is the same after a
 restart.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,11 +15,13 @@ from magnatronic.broker.topics import ensure_topics
 from magnatronic.discovery import FoundSystem
 from magnatronic.errors import PartFailedError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.monitoring import MonitorProcess
 from magnatronic.observing import Observer
-from magnatronic.roles import SINK_ROLES, Workbench, agents_of, instance_name, ready_codec
+from magnatronic.roles import MONITOR_ROLE, SINK_ROLES, Workbench, agents_of, instance_name, ready_codec
 from magnatronic.system import first_of
 from magnatronic.tracing import make_tracer
 from sinks.runner import SinkRunner
+from streams.directory import AgentDirectory
 from streams.runner import Runner
 from streams.slots import SlotLock
 
@@ -54,6 +57,8 @@ class SingleRole:
         self._tracer = make_tracer(slot)
         self._runner: Runner | None = None
         self._sink: SinkRunner | None = None
+        self._directory: AgentDirectory | None = None
+        self._monitor: MonitorProcess | None = None
         self._work: asyncio.Task[None] | None = None
         self._failure: asyncio.Future[BaseException] | None = None
 
@@ -100,8 +105,21 @@ class SingleRole:
                 )
                 self._sink.start()
                 await asyncio.to_thread(self._sink.wait_caught_up, 0.0)
+            elif self.role == MONITOR_ROLE:
+                self._monitor = MonitorProcess(
+                    self.settings,
+                    self._kafka["bootstrap.servers"],
+                    instance=self.slot,
+                    log_path=self.settings.data_dir / "logs" / f"{self.slot}-faust.log",
+                    on_failed=self._failed_elsewhere(loop),
+                )
+                self._monitor.start()
             else:
                 ports = await asyncio.to_thread(self._workbench.ports, self._agents)
+                if "coordinator" in self._agents:
+                    self._directory = AgentDirectory(self._kafka, codec)
+                    self._directory.start()
+                    ports = dataclasses.replace(ports, directory=self._directory)
                 self._runner = Runner(
                     self._workbench.bindings(self._agents),
                     codec=codec,
@@ -168,6 +186,10 @@ class SingleRole:
                 await self._work
         if self._sink is not None:
             await asyncio.to_thread(self._sink.stop)
+        if self._monitor is not None:
+            await asyncio.to_thread(self._monitor.stop)
+        if self._directory is not None:
+            await asyncio.to_thread(self._directory.stop)
         await asyncio.to_thread(self._workbench.close)
         await self._observer.stop()
         if self._tracer is not None:

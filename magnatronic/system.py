@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -24,15 +24,18 @@ from magnatronic.broker.topics import ensure_topics
 from magnatronic.control import ControlServer, socket_path
 from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError
 from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.monitoring import MonitorProcess
 from magnatronic.observing import Observer
 from magnatronic.queries import answer_query
 from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench, instance_name, ready_codec
 from magnatronic.settings import Settings
 from magnatronic.tracing import make_tracer
 from schemas.codec import Codec
-from schemas.events import Evidence
+from schemas.events import Evidence, Value
 from sinks.errors import SinkError
 from sinks.runner import SinkRunner
+from streams.directory import AgentDirectory
+from streams.open_alerts import OpenAlerts
 from streams.runner import Runner
 
 __all__ = ["FolderLock", "RunningSystem", "System", "SystemInfo", "first_of", "new_event_loop"]
@@ -94,6 +97,9 @@ class System:
         self._control: ControlServer | None = None
         self._agents: Runner | None = None
         self._sinks: dict[str, SinkRunner] = {}
+        self._directory: AgentDirectory | None = None
+        self._alerts: OpenAlerts | None = None
+        self._monitor: MonitorProcess | None = None
         self._background: list[asyncio.Task[None]] = []
         self._started_at = time.monotonic()
         self.failure: asyncio.Future[PartFailedError] | None = None
@@ -131,6 +137,9 @@ class System:
         self._tell("agents and sinks")
         for role in SINK_ROLES:
             self._start_sink(role, codec, loop)
+        self._directory, self._alerts = AgentDirectory(kafka, codec), OpenAlerts(kafka, codec)
+        self._directory.start()
+        self._alerts.start()
         self._agents = Runner(
             self._workbench.bindings(AGENT_ROLES),
             codec=codec,
@@ -145,6 +154,7 @@ class System:
         if self._broker is not None:
             self._watch("the broker", self._watch_broker(self._broker))
         await self._wait_ready()
+        self._start_monitor(kafka["bootstrap.servers"])
         self._observer.started()
         self._control = ControlServer(
             socket_path(self.settings.data_dir),
@@ -161,7 +171,7 @@ class System:
         assert ports.memory is not None
         memory = CaughtUpMemory(ports.memory)
         self._watch("the index", self._open_when_caught_up(memory))
-        return dataclasses.replace(ports, memory=memory)
+        return dataclasses.replace(ports, memory=memory, directory=self._directory)
 
     async def _open_when_caught_up(self, memory: "CaughtUpMemory") -> None:
         while not memory.caught_up.is_set():
@@ -173,6 +183,18 @@ class System:
                     raise
             else:
                 _LOGGER.info("recall %s", "begins" if memory.caught_up.is_set() else "waits: the index is behind")
+
+    def _start_monitor(self, servers: str) -> None:
+        """It comes last, and nothing waits for it: without it all results are the same."""
+        if self.settings.monitor:
+            self._monitor = MonitorProcess(
+                self.settings,
+                servers,
+                instance=_SLOT,
+                log_path=self.settings.data_dir / "logs" / "monitor.log",
+                on_failed=lambda _: None,  # it is in the log
+            )
+            self._monitor.start()
 
     def _start_kafka(self) -> dict[str, Any]:
         settings = self.settings
@@ -273,6 +295,9 @@ class System:
             "causes": [cause.as_dict() for cause in causes],
             "agents": [] if self._agents is None else sorted(self._agents.processors),
             "sinks": {role: {"records": runner.records_written} for role, runner in self._sinks.items()},
+            "monitor_pid": None if self._monitor is None else self._monitor.pid,
+            "directory": [] if self._directory is None else _as_json(self._directory.entries()),
+            "alerts": [] if self._alerts is None else _as_json(self._alerts.entries()),
         }
 
     async def _query(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,6 +320,8 @@ class System:
         """Stop all parts, the last started first. What agents have not finished is done after the next start."""
         if self._control is not None:
             await self._control.stop()
+        if self._monitor is not None:
+            await asyncio.to_thread(self._monitor.stop)
         if self._agents is not None:
             self._agents.stop()
         work = [task for task in self._background if task.get_name() == "agents"]
@@ -309,6 +336,9 @@ class System:
         for error in stopped:
             if error is not None:
                 _LOGGER.error("a sink did not stop cleanly: %s", error)
+        for reader in (self._directory, self._alerts):
+            if reader is not None:
+                await asyncio.to_thread(reader.stop)
         await asyncio.to_thread(self._workbench.close)
         await self._observer.stop()
         if self._tracer is not None:
@@ -316,6 +346,10 @@ class System:
         if self._broker is not None:
             await asyncio.to_thread(self._broker.stop)
         self._lock.release()
+
+
+def _as_json(values: Sequence[Value]) -> list[dict[str, Any]]:
+    return [value.model_dump(mode="json") for value in values]
 
 
 class CaughtUpMemory:

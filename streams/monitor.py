@@ -234,8 +234,10 @@ class Outcome(BaseModel):
 
 
 def _table(name: str, model: type[BaseModel], **options: Any) -> Any:
-    table = app.Table(name, **options)
-    table.value_serializer = _ModelCodec(model)  # type: ignore[attr-defined]
+    table: Any = app.Table(name, **options)
+    table.value_serializer = _ModelCodec(model)
+    # It was made with the serializer that a table begins with.
+    table.changelog_topic = table._new_changelog_topic()
     return table
 
 
@@ -259,6 +261,8 @@ _SOURCES: Final = {
 @app.on_worker_init.connect  # type: ignore[arg-type]
 def begin(_: Any, **__: Any) -> None:
     """Prepare topics, before anything is read."""
+    if "--with-web" not in sys.argv:
+        app.conf.web_enabled = False  # the command line's default is to open a port
     servers = "" if state.cluster is None else state.cluster.kafka_bootstrap_servers
     if state.cluster is None or not servers:
         _give_up(state.wrong)

@@ -21,7 +21,8 @@ __all__ = ["print_replay", "query", "replay", "run_query", "status", "topics"]
 @click.command()
 @common_options
 def status(*, data_dir: Path | None, out: Output) -> int:
-    """Show where the running system's parts are, and whether they are ready; if not, what they wait for.
+    """Show where the running system's parts are, who works, what is wrong, and whether all are ready; if not, what
+    they wait for.
 
     Ends with 0 when all are ready, with 1 when one is not.
     """
@@ -45,6 +46,11 @@ def status(*, data_dir: Path | None, out: Output) -> int:
             ("sinks", sinks),
         ],
     )
+    if found["directory"]:
+        rows = [(each["agent"], each["instance"], each["health"], each["in_flight"]) for each in found["directory"]]
+        out.table(("agent", "instance", "health", "in flight"), rows)
+    for alert in found["alerts"]:
+        out.console.print(f"{alert['severity']} alert, {alert['rule']}: {alert['message']}", markup=False)
     if found["ready"]:
         out.console.print("ready")
         return 0

@@ -84,7 +84,7 @@ def _say_where(info: "SystemInfo", out: Output) -> None:
 )
 @common_options
 def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> int:
-    """Run one ROLE alone: an agent by name, `agents`, `sink-clickhouse` or `sink-milvus`.
+    """Run one ROLE alone: an agent by name, `agents`, `sink-clickhouse`, `sink-milvus` or `monitor`.
 
     It works on the cluster that MAGNATRONIC_KAFKA_BOOTSTRAP_SERVERS names, or beside the system on the data folder. Run
     as many as you like; they share the partitions.
