@@ -1,6 +1,6 @@
-"""Reference tables made from the code: topics and settings, as Markdown. The README holds them; a test keeps it so.
+"""Reference tables made from the code: topics, settings and metrics, as Markdown; a test keeps the documents so.
 
-``python -m magnatronic.reference`` rewrites the tables in README.md between their markers.
+``python -m magnatronic.reference`` rewrites the tables in README.md and docs/metrics.md between their markers.
 """
 
 import re
@@ -10,10 +10,12 @@ from typing import Final
 
 from magnatronic.settings import ENV_PREFIX, Settings
 from schemas.topics import FOREVER, TOPICS, Topic
+from streams.metrics import MetricName
 
-__all__ = ["TABLES", "render", "settings_table", "topics_table"]
+__all__ = ["DOCUMENTS", "TABLES", "metrics_table", "render", "settings_table", "topics_table"]
 
 README: Final = Path(__file__).parent.parent / "README.md"
+DOCUMENTS: Final = (README, README.parent / "docs" / "metrics.md")
 _DAY_MS: Final = 24 * 3600 * 1000
 
 
@@ -42,7 +44,17 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-TABLES: Final = {"topics": topics_table, "settings": settings_table}
+def metrics_table() -> str:
+    """One row a metric: name, type, labels and what it says."""
+    rows = ["| metric | type | labels | what it says |", "| --- | --- | --- | --- |"]
+    for metric in MetricName:
+        name, kind, labels, said = metric.value
+        shown = f"{name}_total" if kind == "counter" else name
+        rows.append(f"| `{shown}` | {kind} | {', '.join(labels)} | {said} |")
+    return "\n".join(rows)
+
+
+TABLES: Final = {"topics": topics_table, "settings": settings_table, "metrics": metrics_table}
 
 
 def render(text: str) -> str:
@@ -55,7 +67,8 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    before = README.read_text()
-    after = render(before)
-    README.write_text(after)
-    sys.stdout.write("README.md is up to date\n" if before == after else "README.md was rewritten\n")
+    for document in DOCUMENTS:
+        before = document.read_text()
+        after = render(before)
+        document.write_text(after)
+        sys.stdout.write(f"{document.name} {'is up to date' if before == after else 'was rewritten'}\n")
