@@ -100,7 +100,7 @@ class Observer:
         self._runner: Runner | None = None
         self._sinks: list[WatchedSink] = []
         self._kafka: KafkaProbe | None = None
-        self._starting: str | None = "the process starts"
+        self._between: Cause | None = Cause(Kind.STARTING, "process", "the process starts")
         self._loop_thread = 0
         self._beat_at = time.monotonic()
         self._delay_s = 0.0
@@ -161,7 +161,11 @@ class Observer:
 
     def started(self) -> None:
         """All parts are there; from now on they are asked."""
-        self._starting = None
+        self._between = None
+
+    def stopping(self) -> None:
+        """The process ends; it is not ready from now on, so that nothing is sent to it."""
+        self._between = Cause(Kind.STOPPING, "process", "the process stops")
 
     async def stop(self) -> None:
         """Serve nothing more."""
@@ -187,8 +191,8 @@ class Observer:
 
     def causes(self) -> list[Cause]:
         """Why the process is not ready; empty while it is."""
-        if self._starting is not None:
-            return [Cause(Kind.STARTING, "process", self._starting)]
+        if self._between is not None:
+            return [self._between]
         found = list(self._blocked())
         if self._kafka is not None:
             found += self._kafka.causes()

@@ -180,6 +180,7 @@ class SingleRole:
 
     async def stop(self) -> None:
         """Finish and commit what is in flight, and let go of everything."""
+        self._observer.stopping()
         if self._runner is not None and self._work is not None:
             self._runner.stop()
             with contextlib.suppress(Exception):  # why it failed is told by `until`

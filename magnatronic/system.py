@@ -318,6 +318,7 @@ class System:
 
     async def stop(self) -> None:
         """Stop all parts, the last started first. What agents have not finished is done after the next start."""
+        self._observer.stopping()
         if self._control is not None:
             await self._control.stop()
         if self._monitor is not None:

@@ -37,6 +37,7 @@ class Kind(StrEnum):
     """What keeps something from being ready."""
 
     STARTING = "starting"
+    STOPPING = "stopping"
     NOT_JOINED = "not-joined"
     RESTORING = "restoring"
     NOT_COMMITTING = "not-committing"

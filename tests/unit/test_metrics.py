@@ -246,6 +246,9 @@ async def test_ready_begins_when_all_has_started_and_names_what_keeps_it(observe
     assert scrape("magnatronic_ready") == 0
     assert scrape("magnatronic_processor_ready", **PROCESSOR) == 0
     assert (await client.get("/live")).status_code == 200
+    observer.stopping()
+    answer = await client.get("/ready")
+    assert (answer.status_code, answer.json()["causes"][0]["kind"]) == (503, "stopping")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,6 @@ def test_the_tables_are_those_of_the_code() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))
 def test_links_lead_somewhere(document: Path) -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text())
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", document.read_text())
     assert links
     assert [link for link in links if not (document.parent / link).exists()] == []

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -221,6 +222,20 @@ def test_a_call_is_the_child_of_its_step_and_tells_no_content() -> None:
     assert "error.type" not in found
     assert "words" not in repr(found)
     assert attributes(step)["magnatronic.attempt"] == 2
+
+
+def test_calls_that_an_earlier_owner_journalled_belong_to_the_step_that_went_on() -> None:
+    before, after = Collected(), Collected()
+    crashed, _ = before.step(submitted())
+    journalled = called(crashed.metadata)
+    envelope, trace = after.step(submitted())
+    own = called(envelope.metadata, model="gemini-8", request="{}")
+    trace.restored = (journalled,)
+    trace.handled([Envelope(own.event, replace(own.metadata, id="effect-of-the-second-life"))], 1)
+    trace.committed()
+    step = ids(after.spans["process tasks.normal"])
+    assert parent_of(after.spans["chat gemini-9"]) == parent_of(after.spans["chat gemini-8"]) == step.span_id
+    assert len({ids(span).span_id for span in after.spans.values()}) == 4
 
 
 def test_a_failed_call_and_a_failed_step_say_so() -> None:
