@@ -296,8 +296,7 @@ async def test_an_event_that_takes_its_process_down_ends_as_a_dead_letter(bench:
     deaths = 0
     while deaths < 10:
         with worker(bench, calls, "deadly") as process:
-            while process.poll() is None and not bench.letters():
-                await asyncio.sleep(0.1)
+            await bench.until(lambda: process.poll() is not None or bool(bench.letters()))
             if process.poll() is None:
                 await bench.until(lambda: sum(place.offset for place in bench.offsets()) == 40)
                 process.send_signal(signal.SIGTERM)

@@ -22,12 +22,15 @@ class DeadlyModel:
     name = "deadly"
 
     def __init__(self, path: str, deadly: str) -> None:
-        self._path, self._deadly = path, deadly
+        self._path, self._deadly = Path(path), deadly
+
+    def _note(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as calls:
+            calls.write(f"{text}\n")
 
     async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
         text = request.messages[-1].content
-        with open(self._path, "a", encoding="utf-8") as calls:
-            calls.write(f"{text}\n")
+        self._note(text)
         if text == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "stuck":
