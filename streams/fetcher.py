@@ -11,6 +11,7 @@ restore of minutes delays no other partition and no other member, and max.poll.i
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -38,12 +39,14 @@ _FATAL: Final = frozenset(
         KafkaError._FATAL,
         KafkaError._FENCED,
         KafkaError.FENCED_INSTANCE_ID,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError._UNKNOWN_TOPIC,
     }
 )
+_MISSING: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
+_MISSING_S: Final = 5.0
+"""A topic that was just created is not known to every broker at once."""
+_LOOK_S: Final = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,8 @@ class Fetcher:
         self._paused: set[Place] = set()
         self._held: frozenset[Place] = frozenset()
         self._taken_away = False
+        self._missing: dict[str, tuple[float, KafkaError]] = {}
+        self._looked = 0.0
         self._patient = True
         # The client's handle must not be used while close() frees it. Within close() the last revocation still needs
         # it, and holds close() up for as long.
@@ -206,6 +211,8 @@ class Fetcher:
             while not self._stopping.is_set():
                 self._add_ready()
                 self._steer()
+                if self._missing:
+                    self._look_for_missing()
                 self._take_in(self._next())
         except Exception as caught:  # noqa: BLE001 - handed over to the loop's thread
             error = caught
@@ -253,7 +260,9 @@ class Fetcher:
             self._sated = False
             return []
         # consume() waits until it has all that it was asked for; so wait for one, then take what else is there.
-        first = self._consumer.poll(_BUSY_POLL_S if self._paused or self._handover.restoring else _POLL_S)
+        first = self._consumer.poll(
+            _BUSY_POLL_S if self._paused or self._missing or self._handover.restoring else _POLL_S
+        )
         messages = [] if first is None else [first, *self._consumer.consume(self._batch - 1, 0)]
         if self._taken_away:
             # One call may fetch messages and then serve the revocation of their partition.
@@ -267,6 +276,8 @@ class Fetcher:
             error = message.error()
             if error is None:
                 good.append(message)
+            elif error.code() in _MISSING:
+                self._missing.setdefault(str(message.topic()), (time.monotonic() + _MISSING_S, error))
             elif error.code() in _FATAL:
                 raise _meaning(self._name, error)
             else:
@@ -274,6 +285,26 @@ class Fetcher:
         if good:
             self._backlog.add(good)
             self._loop.call_soon_threadsafe(self._fetched)
+
+    def _look_for_missing(self) -> None:
+        """Believe that a topic is missing when it has been for a while.
+
+        Raises:
+            MissingTopicError: it is.
+        """
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        for topic, (deadline, error) in list(self._missing.items()):
+            try:
+                found = self._consumer.list_topics(topic, timeout=_LOOK_S).topics.get(topic)
+            except KafkaException:
+                continue  # nobody can say
+            if found is not None and found.error is None:
+                del self._missing[topic]
+            elif now > deadline:
+                raise _meaning(self._name, error)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Accepted, but nothing to be fetched yet.
@@ -307,7 +338,7 @@ def _meaning(name: str, error: KafkaError) -> ProcessorError:
     said = f"{name}: {error.name()}: {error.str()}"
     if error.code() in (KafkaError._FENCED, KafkaError.FENCED_INSTANCE_ID) or "fenced" in error.str().lower():
         return FencedError(f"{said}; another process runs with this slot")
-    if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+    if error.code() in _MISSING:
         return MissingTopicError(
             f"{said}; create the topic (if it was deleted, what it held is gone), then start again"
         )

@@ -416,3 +416,12 @@ async def test_a_topic_that_is_deleted_is_named(kafka: Any) -> None:
     assert topic in str(caught.value)
     assert "create the topic" in str(caught.value)
     assert listener.owned == set()
+
+
+async def test_a_topic_that_comes_a_moment_later_is_read(kafka: Any) -> None:
+    topic, late = kafka.topic("fetch"), kafka.unique("fetch")
+    async with fetching(kafka, kafka.unique("group"), [topic, late]) as listener:
+        await listener.until(lambda: listener.owned)
+        kafka.create_topics(late)
+        produce(kafka, late, 10)
+        await listener.until(lambda: listener.count(late) == 10)
