@@ -12,7 +12,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 from confluent_kafka import (
-    OFFSET_BEGINNING,
     Consumer,
     IsolationLevel,
     KafkaError,
@@ -143,7 +142,9 @@ class _Restore:
             states[topic][number] = {}
             others[topic, number] = {}
         waiting = {place for place, end in ends.items() if end > 0}
-        consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for topic, number in waiting])
+        # The client takes half a second to ask for the beginning by name. A compacted log's first offset is 0; were
+        # this one's another, it would be reset to it.
+        consumer.assign([TopicPartition(topic, number, 0) for topic, number in waiting])
         prefix, cut = STATE_PREFIX, len(STATE_PREFIX)
         quiet_since = time.monotonic()
         while waiting:
