@@ -3,10 +3,12 @@
 In: all of a task's lifecycle events. Out: StepAssigned for what is ready, and one of TaskCompleted, TaskFailed,
 TaskCancelled and TaskExpired. Late, repeated and stale events (of an earlier attempt or revision, of an unknown step,
 of a finished task) change nothing. A task without state that something other than a plan arrives for is unknown, and
-the event is passed over; a cancellation that overtakes the plan ends the task before it starts.
+the event is passed over; a cancellation that overtakes the plan ends the task before it starts. A task with a deadline
+has a timer, which ends it on time though nothing else happens. A step whose workers are all gone goes to a capability
+that can stand in, where the directory has one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Final
@@ -19,7 +21,9 @@ from agents.text import is_not_found, markers_inside, markers_of, renumber
 from schemas.events import (
     Assessment,
     Citation,
+    DirectoryEntry,
     Event,
+    Health,
     PlannedStep,
     PlanProposed,
     PlanRejected,
@@ -33,10 +37,11 @@ from schemas.events import (
     TaskCompleted,
     TaskExpired,
     TaskFailed,
+    TimerFired,
     Timestamp,
 )
 
-__all__ = ["Coordinator", "StepProgress", "StepStatus", "TaskState"]
+__all__ = ["STAND_INS", "Coordinator", "StepProgress", "StepStatus", "TaskState", "route"]
 
 MAX_ATTEMPTS: Final = 3
 """Attempts at one step; the processor has retried each of them already, so what still fails is likely to stay so."""
@@ -46,6 +51,17 @@ MAX_REVISIONS: Final = 2
 
 _REMEMBERED: Final = timedelta(days=30)
 """How long a finished task is known as one, so that late or repeated events re-run nothing."""
+
+STAND_INS: Final[Mapping[str, tuple[str, ...]]] = {
+    # Several rounds of search find what one search finds. Not the other way round.
+    "retrieve": ("research",),
+}
+"""Which capabilities can do another's steps, best first, when all instances that offer that one are gone."""
+
+_DEADLINE: Final = "deadline"
+"""The timer's name; it is set exactly while a task with a deadline is under way."""
+
+_NO_STEPS: Final = "the plan has no steps"
 
 _SYNTHESIS: Final = """You combine the notes into one answer to the question.
 Use only what the notes say, keep their markers such as [1] behind the sentences they belong to, and be brief."""
@@ -91,8 +107,8 @@ _FINISHED: Final = TaskState(finished=True)
 class Coordinator(Agent[TaskState]):
     """The state machine of a task; its lane is the task_id."""
 
-    name, version = "coordinator", "1"
-    consumes = (PlanProposed, PlanRejected, StepAssessed, StepFailed, TaskCancelRequested)
+    name, version = "coordinator", "2"
+    consumes = (PlanProposed, PlanRejected, StepAssessed, StepFailed, TaskCancelRequested, TimerFired)
     emits = (StepAssigned, StepCancelRequested, TaskCompleted, TaskFailed, TaskCancelled, TaskExpired)
     state_type = TaskState
 
@@ -104,21 +120,18 @@ class Coordinator(Agent[TaskState]):
         """
         task = ctx.state
         if task is None:
-            self._begin(event, ctx)
+            await self._begin(event, ctx)
         elif task.finished or isinstance(event, PlanProposed | PlanRejected):
             return
         elif isinstance(event, TaskCancelRequested):
             self._cancel(event, task, ctx)
-        elif task.deadline is not None and ctx.now > task.deadline:
+        elif task.deadline is not None and (ctx.now > task.deadline or isinstance(event, TimerFired)):
             _cancel_running(event, task, "the task's deadline has passed", ctx)
-            _end(
-                TaskExpired(task_id=_task_id(event), objective=task.objective, deadline=task.deadline),
-                ctx,
-            )
+            _end(TaskExpired(task_id=_task_id(event), objective=task.objective, deadline=task.deadline), task, ctx)
         elif isinstance(event, StepAssessed):
             await self._assessed(event, task, ctx)
         elif isinstance(event, StepFailed):
-            self._failed(event, task, ctx)
+            await self._failed(event, task, ctx)
 
     async def on_failure(self, event: Event, failure: Failure, ctx: Context[TaskState]) -> None:
         """Fail the task that ``event`` belongs to, if it is under way or about to be."""
@@ -128,7 +141,7 @@ class Coordinator(Agent[TaskState]):
         if task is not None and not task.finished:
             _fail(event, task, f"the coordinator failed: {failure.error_type}: {failure.message}", ctx)
 
-    def _begin(self, event: Event, ctx: Context[TaskState]) -> None:
+    async def _begin(self, event: Event, ctx: Context[TaskState]) -> None:
         if isinstance(event, PlanProposed):
             task = TaskState(
                 objective=event.objective,
@@ -136,13 +149,17 @@ class Coordinator(Agent[TaskState]):
                 steps=tuple(StepProgress(step=step) for step in event.steps),
             )
             if event.deadline is not None and ctx.now > event.deadline:
-                _end(TaskExpired(task_id=event.task_id, objective=event.objective, deadline=event.deadline), ctx)
+                expired = TaskExpired(task_id=event.task_id, objective=event.objective, deadline=event.deadline)
+                _end(expired, TaskState(), ctx)
             elif not task.steps:
-                _fail(event, task, "the plan has no steps", ctx)
+                _end(TaskFailed(task_id=event.task_id, objective=event.objective, reason=_NO_STEPS), TaskState(), ctx)
             else:
-                ctx.state = _assign_ready(event.task_id, task, ctx)
+                if event.deadline is not None:
+                    ctx.timer(_DEADLINE, event.deadline)
+                ctx.state = await _assign_ready(event.task_id, task, ctx)
         elif isinstance(event, PlanRejected):
-            _end(TaskFailed(task_id=event.task_id, objective=event.objective, reason=event.reason), ctx)
+            failed = TaskFailed(task_id=event.task_id, objective=event.objective, reason=event.reason)
+            _end(failed, TaskState(), ctx)
         elif isinstance(event, TaskCancelRequested):
             self._cancel(event, TaskState(), ctx)
 
@@ -155,6 +172,7 @@ class Coordinator(Agent[TaskState]):
                 requested_by=event.requested_by,
                 reason=event.reason,
             ),
+            task,
             ctx,
         )
 
@@ -173,24 +191,24 @@ class Coordinator(Agent[TaskState]):
             )
             task = _with(task, accepted)
             if all(progress.status is StepStatus.ACCEPTED for progress in task.steps):
-                _end(await _completed(event.task_id, task, ctx), ctx)
+                _end(await _completed(event.task_id, task, ctx), task, ctx)
             else:
-                ctx.state = _assign_ready(event.task_id, task, ctx)
+                ctx.state = await _assign_ready(event.task_id, task, ctx)
         elif event.decision is Assessment.REVISE and event.revision < MAX_REVISIONS:
             again = found.model_copy(update={"revision": event.revision + 1, "finding": event.finding})
-            ctx.emit(_assignment(event.task_id, task, again))
+            await _assign(event.task_id, task, [again], ctx)
             ctx.state = _with(task, again)
         else:
             reason = f"the answer to {found.step.objective!r} was rejected: {event.finding}"
             _fail(event, task, reason, ctx, step_id=event.step_id)
 
-    def _failed(self, event: StepFailed, task: TaskState, ctx: Context[TaskState]) -> None:
+    async def _failed(self, event: StepFailed, task: TaskState, ctx: Context[TaskState]) -> None:
         found = _running(task, event.step_id, event.attempt)
         if found is None:
             return
         if event.retryable and event.attempt < MAX_ATTEMPTS:
             again = found.model_copy(update={"attempt": event.attempt + 1})
-            ctx.emit(_assignment(event.task_id, task, again))
+            await _assign(event.task_id, task, [again], ctx)
             ctx.state = _with(task, again)
             return
         tries = f" after {event.attempt} attempts" if event.attempt > 1 else ""
@@ -202,15 +220,17 @@ def _task_id(event: Any) -> str:
     return str(event.task_id)
 
 
-def _end(outcome: Event, ctx: Context[TaskState]) -> None:
+def _end(outcome: Event, task: TaskState, ctx: Context[TaskState]) -> None:
     ctx.emit(outcome)
+    if task.deadline is not None:
+        ctx.cancel_timer(_DEADLINE)
     ctx.state = _FINISHED
     ctx.expire_state(_REMEMBERED)
 
 
 def _fail(event: Event, task: TaskState, reason: str, ctx: Context[TaskState], *, step_id: str | None = None) -> None:
     _cancel_running(event, task, "the task failed", ctx, but=getattr(event, "step_id", None))
-    _end(TaskFailed(task_id=_task_id(event), objective=task.objective, reason=reason, step_id=step_id), ctx)
+    _end(TaskFailed(task_id=_task_id(event), objective=task.objective, reason=reason, step_id=step_id), task, ctx)
 
 
 def _cancel_running(
@@ -234,27 +254,50 @@ def _with(task: TaskState, changed: StepProgress) -> TaskState:
     return task.model_copy(update={"steps": steps})
 
 
-def _assign_ready(task_id: str, task: TaskState, ctx: Context[TaskState]) -> TaskState:
+async def _assign_ready(task_id: str, task: TaskState, ctx: Context[TaskState]) -> TaskState:
     """Emit every waiting step whose dependencies are accepted; the task with these marked as assigned."""
     accepted = {progress.step.step_id for progress in task.steps if progress.status is StepStatus.ACCEPTED}
-    steps: list[StepProgress] = []
-    for progress in task.steps:
-        if progress.status is StepStatus.WAITING and accepted.issuperset(progress.step.depends_on):
-            ctx.emit(_assignment(task_id, task, progress))
-            steps.append(progress.model_copy(update={"status": StepStatus.ASSIGNED}))
-        else:
-            steps.append(progress)
-    return task.model_copy(update={"steps": tuple(steps)})
+    ready = [
+        progress
+        for progress in task.steps
+        if progress.status is StepStatus.WAITING and accepted.issuperset(progress.step.depends_on)
+    ]
+    await _assign(task_id, task, ready, ctx)
+    for progress in ready:
+        task = _with(task, progress.model_copy(update={"status": StepStatus.ASSIGNED}))
+    return task
 
 
-def _assignment(task_id: str, task: TaskState, progress: StepProgress) -> StepAssigned:
+async def _assign(task_id: str, task: TaskState, steps: Sequence[StepProgress], ctx: Context[TaskState]) -> None:
+    """Emit ``steps``, each to who can do it. The directory is asked once, and only where it can make a difference."""
+    known: tuple[DirectoryEntry, ...] = ()
+    if any(progress.step.capability in STAND_INS for progress in steps):
+        known = await ctx.directory("")
+    for progress in steps:
+        ctx.emit(_assignment(task_id, task, progress, route(progress.step.capability, known)))
+
+
+def route(capability: str, known: Sequence[DirectoryEntry]) -> str:
+    """The capability to ask for: the planned one, unless all who offer it are gone and a stand-in has somebody.
+
+    Where nobody is known to offer it, it is asked for as planned: the step waits in its topic until somebody comes.
+    """
+    able = [entry for entry in known if capability in entry.capabilities]
+    if able and all(entry.health is Health.GONE for entry in able):
+        for other in STAND_INS.get(capability, ()):
+            if any(other in entry.capabilities and entry.health in (Health.READY, Health.BUSY) for entry in known):
+                return other
+    return capability
+
+
+def _assignment(task_id: str, task: TaskState, progress: StepProgress, capability: str) -> StepAssigned:
     step = progress.step
     return StepAssigned(
         task_id=task_id,
         step_id=step.step_id,
         attempt=progress.attempt,
         revision=progress.revision,
-        capability=step.capability,
+        capability=capability,
         objective=step.objective,
         inputs=tuple(
             StepInput(

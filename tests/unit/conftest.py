@@ -18,7 +18,7 @@ from agents.context import LlmRequest, LlmResponse, Ports, RecallRequest, Vector
 from agents.errors import EffectFailedError
 from agents.journal import Journal
 from agents.step import LaneState, StepResult, failure_of, run_failure, run_step
-from schemas.events import Effect, Event, Evidence, Priority, StepAssigned
+from schemas.events import DirectoryEntry, Effect, Event, Evidence, Priority, StepAssigned
 from schemas.metadata import Envelope, Metadata
 from schemas.topics import key_of
 
@@ -72,18 +72,31 @@ class ScriptedEmbedding:
         return np.array([(1.0, 0.0) if index % 2 == 0 else other for index in range(len(texts))], dtype=np.float32)
 
 
+@dataclass
+class ScriptedDirectory:
+    """Knows ``entries``; by default nobody has announced itself."""
+
+    entries: tuple[DirectoryEntry, ...] = ()
+    asked: list[str] = field(default_factory=list)
+
+    async def lookup(self, capability: str) -> tuple[DirectoryEntry, ...]:
+        self.asked.append(capability)
+        return tuple(each for each in self.entries if not capability or capability in each.capabilities)
+
+
 def metadata_of(event: Event, cause: str = "cause-1") -> Metadata:
     key = key_of(event)
     return Metadata(cause, "/clients/test", key, datetime(2026, 1, 1, tzinfo=UTC), correlation_id=key)
 
 
 class Harness:
-    """Runs steps of agents with the ports in ``llm``, ``memory`` and ``embedding``, and replays each of them."""
+    """Runs steps of agents with the ports in ``llm``, ``memory``, ``embedding`` and ``directory``, and replays each."""
 
     def __init__(self) -> None:
         self.llm: Any = ScriptedLlm()
         self.memory: Any = ScriptedMemory()
         self.embedding: Any = ScriptedEmbedding()
+        self.directory: Any = ScriptedDirectory()
         self.failure: Failure | None = None
 
     async def step(
@@ -97,7 +110,7 @@ class Harness:
     ) -> StepResult:
         """The result of ``agent`` handling ``event``, or of its ``on_failure`` when it raised (see ``failure``)."""
         envelope = Envelope(event, metadata or metadata_of(event))
-        ports = Ports(llm=self.llm, memory=self.memory, embedding=self.embedding)
+        ports = Ports(llm=self.llm, memory=self.memory, embedding=self.embedding, directory=self.directory)
         live = self._journal(agent, envelope, ports=ports)
         result = await self._run(agent, envelope, state, live, at_ms)
         effects = [item.event for item in live.performed if isinstance(item.event, Effect)]

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.agent import Failure
-from agents.coordinator import MAX_ATTEMPTS, Coordinator
+from agents.coordinator import MAX_ATTEMPTS, STAND_INS, Coordinator, route
 from agents.errors import EffectFailedError
-from agents.step import LaneState
+from agents.step import LaneState, TimerChange
 from schemas.events import (
     Assessment,
     Citation,
+    DirectoryEntry,
     Event,
+    Health,
     PlannedStep,
     PlanProposed,
     PlanRejected,
@@ -29,7 +31,9 @@ from schemas.events import (
     TaskCompleted,
     TaskExpired,
     TaskFailed,
+    TimerFired,
 )
+from schemas.topics import CAPABILITIES
 
 OUTCOMES = (TaskCompleted, TaskFailed, TaskCancelled, TaskExpired)
 AT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -72,11 +76,14 @@ class Task:
     def __init__(self, harness: Any) -> None:
         self.harness = harness
         self.state: LaneState | None = None
+        self.timers: tuple[TimerChange, ...] = ()
+        """What the last event changed."""
 
     async def feed(self, event: Event, *, at_ms: int = 1_767_225_600_000) -> list[Any]:
         result = await self.harness.step(Coordinator(), event, self.state, at_ms=at_ms)
         if result.state_changed:
             self.state = result.state
+        self.timers = result.timers
         return [output.event for output in result.outputs]
 
 
@@ -214,6 +221,102 @@ async def test_a_task_past_its_deadline_expires(task: Task) -> None:
     assert ended == TaskExpired(task_id="t", objective="the whole", deadline=deadline)
 
 
+def fired(due: datetime) -> TimerFired:
+    return TimerFired(task_id="t", agent="coordinator", lane="t", timer="deadline", due=due)
+
+
+async def test_a_deadline_ends_a_task_that_nothing_else_happens_to(task: Task) -> None:
+    deadline = AT + timedelta(minutes=1)
+    await task.feed(proposed({1: (), 2: (1,)}, deadline=deadline))
+    assert task.timers == (TimerChange("deadline", deadline),)
+    # By the broker's clock the timer came a little early.
+    stopped, ended = await task.feed(fired(deadline), at_ms=int(deadline.timestamp() * 1000) - 5)
+    assert stopped == StepCancelRequested(target="t/1", task_id="t", reason="the task's deadline has passed")
+    assert ended == TaskExpired(task_id="t", objective="the whole", deadline=deadline)
+    assert await task.feed(fired(deadline)) == []
+    assert await task.feed(assessed(1)) == []
+
+
+@pytest.mark.parametrize(
+    "last",
+    [assessed(1), failed(1, retryable=False), TaskCancelRequested(task_id="t", requested_by="ada")],
+    ids=lambda event: type(event).__name__,
+)
+async def test_the_timer_goes_with_the_task(task: Task, last: Event) -> None:
+    deadline = AT + timedelta(minutes=1)
+    await task.feed(proposed({1: ()}, deadline=deadline))
+    (ended,) = [out for out in await task.feed(last) if isinstance(out, OUTCOMES)]
+    assert not isinstance(ended, TaskExpired)
+    assert task.timers == (TimerChange("deadline", None),)
+    assert await task.feed(fired(deadline)) == []
+    assert not task.timers
+
+
+async def test_a_task_without_deadline_has_no_timer(task: Task) -> None:
+    await task.feed(proposed({1: ()}))
+    assert not task.timers
+    await task.feed(assessed(1))
+    assert not task.timers
+
+
+async def test_a_plan_past_its_deadline_sets_no_timer(task: Task) -> None:
+    (ended,) = await task.feed(proposed({1: ()}, deadline=AT - timedelta(minutes=1)))
+    assert isinstance(ended, TaskExpired)
+    assert not task.timers
+
+
+def instance(capability: str, health: Health, name: str = "a") -> DirectoryEntry:
+    agent = {"retrieve": "retriever", "research": "researcher"}[capability]
+    return DirectoryEntry(agent=agent, instance=name, version="1", capabilities=(capability,), health=health)
+
+
+READY, BUSY, DEGRADED, GONE = Health.READY, Health.BUSY, Health.DEGRADED, Health.GONE
+ROUTES: list[tuple[str, tuple[DirectoryEntry, ...], str]] = [
+    ("nobody is known", (), "retrieve"),
+    ("all are well", (instance("retrieve", READY), instance("research", READY)), "retrieve"),
+    ("it is gone", (instance("retrieve", GONE), instance("research", READY)), "research"),
+    ("it is gone, the other is busy", (instance("retrieve", GONE), instance("research", BUSY)), "research"),
+    ("both are gone", (instance("retrieve", GONE), instance("research", GONE)), "retrieve"),
+    ("the other is no help", (instance("retrieve", GONE), instance("research", DEGRADED)), "retrieve"),
+    ("only the other is known", (instance("research", READY),), "retrieve"),
+    ("one of two is gone", (instance("retrieve", GONE), instance("retrieve", BUSY, "b")), "retrieve"),
+    (
+        "one of two is gone, the other does badly",
+        (instance("retrieve", GONE), instance("retrieve", DEGRADED, "b"), instance("research", READY)),
+        "retrieve",
+    ),
+]
+
+
+@pytest.mark.parametrize(("why", "known", "chosen"), ROUTES, ids=[why for why, _, _ in ROUTES])
+async def test_a_step_goes_where_somebody_is(
+    task: Task, why: str, known: tuple[DirectoryEntry, ...], chosen: str
+) -> None:
+    task.harness.directory.entries = known
+    assert route("retrieve", known) == chosen, why
+    first, second = await task.feed(proposed({1: (), 2: (), 3: (1, 2)}))
+    assert [first.capability, second.capability] == [chosen, chosen]
+    # What was planned stays planned: the next round asks again.
+    assert task.state is not None
+    assert {each.step.capability for each in task.state.value.steps} == {"retrieve"}
+    task.harness.directory.entries = ()
+    (again,) = await task.feed(failed(1))
+    assert again.capability == "retrieve"
+    assert task.harness.directory.asked == ["", ""]
+
+
+async def test_the_directory_is_not_asked_where_nobody_can_stand_in(task: Task) -> None:
+    step = PlannedStep(step_id="t/1", capability="research", objective="x")
+    (out,) = await task.feed(PlanProposed(task_id="t", objective="x", steps=(step,)))
+    assert out.capability == "research"
+    assert task.harness.directory.asked == []
+
+
+def test_stand_ins_are_capabilities_that_somebody_has() -> None:
+    assert set(STAND_INS) < set(CAPABILITIES)
+    assert {other for others in STAND_INS.values() for other in others} <= set(CAPABILITIES)
+
+
 async def test_events_of_unknown_tasks_and_steps_change_nothing(task: Task) -> None:
     assert await task.feed(assessed(1)) == []
     assert await task.feed(failed(1)) == []
@@ -251,20 +354,28 @@ PLANS: list[dict[int, tuple[int, ...]]] = [
 
 
 @settings(max_examples=150, deadline=None)
-@given(plan=st.sampled_from(PLANS), seed=st.integers(0, 2**32), troubles=st.floats(0, 0.6), cancels=st.booleans())
+@given(
+    plan=st.sampled_from(PLANS),
+    seed=st.integers(0, 2**32),
+    troubles=st.floats(0, 0.6),
+    cancels=st.booleans(),
+    expires=st.booleans(),
+)
 def test_whatever_the_order_and_repeats_a_task_ends_exactly_once(
-    make_harness: Any, plan: dict[int, tuple[int, ...]], seed: int, troubles: float, cancels: bool
+    make_harness: Any, plan: dict[int, tuple[int, ...]], seed: int, troubles: float, cancels: bool, expires: bool
 ) -> None:
-    asyncio.run(_random_task(make_harness(), plan, random.Random(seed), troubles, cancels))
+    asyncio.run(_random_task(make_harness(), plan, random.Random(seed), troubles, cancels, expires))
 
 
 async def _random_task(
-    bench: Any, plan: dict[int, tuple[int, ...]], chance: random.Random, troubles: float, cancels: bool
+    bench: Any, plan: dict[int, tuple[int, ...]], chance: random.Random, troubles: float, cancels: bool, expires: bool
 ) -> None:
     """Workers that answer, fail, revise at random; every event may arrive again, any time later."""
     bench.llm.answers = ["synthesised [1]."] * 3
+    bench.directory.entries = chance.choice(ROUTES)[1]
     lane = Task(bench)
-    pending: list[Event] = [proposed(plan)]
+    deadline = AT + timedelta(days=365) if expires else None
+    pending: list[Event] = [proposed(plan, deadline=deadline)]
     if cancels:
         pending.append(TaskCancelRequested(task_id="t", requested_by="ada"))
     sent: list[Event] = []
@@ -279,9 +390,14 @@ async def _random_task(
         for out in await lane.feed(event):
             if isinstance(out, OUTCOMES):
                 outcomes.append(out)
+                # A task that has a timer leaves none.
+                if lane.timers:
+                    assert lane.timers[-1].due is None
             elif isinstance(out, StepAssigned):
                 assert not outcomes, "a finished task assigns nothing"
                 pending.append(_worked(out, chance, troubles))
+                if deadline is not None and chance.random() < 0.1:
+                    pending.append(fired(deadline))
     assert len(outcomes) == 1
     for event in sent:
         assert await lane.feed(event) == []
