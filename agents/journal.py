@@ -105,7 +105,8 @@ class Journal:
     ``timeout_s`` bounds an attempt: calls under way when it has passed fail, and are recorded as failed, so that replay
     fails at the same place. A handler waits for nothing but its effects, which makes this its own time limit.
     ``on_performed`` is called after each effect that is added to ``performed``; ``durable`` returns when all of
-    ``performed`` is committed.
+    ``performed`` is committed; ``permitted`` is awaited before each call, and returns when the event is this process's
+    to handle for sure.
     """
 
     # Most events have no effects, so what only effects need is set when there are some.
@@ -130,6 +131,7 @@ class Journal:
         timeout_s: float | None = None,
         on_performed: Callable[[], None] | None = None,
         durable: Callable[[], Awaitable[None]] | None = None,
+        permitted: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._agent = agent
         self._source = source
@@ -140,6 +142,7 @@ class Journal:
         self._timeout_s = timeout_s
         self._on_performed = on_performed
         self._durable = durable
+        self._permitted = permitted
         self.performed: list[Envelope] = []
         """Effects performed in this life of the event, over all its attempts, in order of completion."""
         if recorded:
@@ -286,6 +289,8 @@ class Journal:
 
     async def perform(self, request: Request) -> None:
         """Make the call; what comes of it, failures too, is kept in ``request``."""
+        if self._permitted is not None:
+            await self._permitted()
         request.started_at, clock = datetime.now(UTC), time.perf_counter()
         try:
             request.fields = request.succeeded(await request.call(request))

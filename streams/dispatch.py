@@ -205,6 +205,15 @@ class Dispatcher(Generic[ItemT]):
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
 
+    def close(self) -> None:
+        """Start nothing any more, and cancel what runs; it has ended a few turns of the loop later."""
+        self._pumping = True  # so that nobody else begins to
+        for queue in self._ready:
+            queue.clear()
+        for worker in self.workers:
+            if worker.task is not None:
+                worker.task.cancel()
+
     def _pump_soon(self) -> None:
         if not self._pumping:
             self._pumping = True

@@ -12,7 +12,7 @@ transaction that finishes the event.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Final
@@ -31,7 +31,7 @@ from streams.binding import Binding
 from streams.changelog import Timer, effect_key, parked_key, run_key, state_key, timer_key, timer_value
 from streams.errors import StateError
 from streams.messages import DEAD_LETTERS, Messages
-from streams.partition import Entry, Trial, Work
+from streams.partition import Entry, Partition, Trial, Work
 from streams.state import StateCodec
 from streams.stats import Stats
 from streams.transactor import Outgoing
@@ -48,7 +48,9 @@ log = logging.getLogger(__name__)
 
 
 class Handling:
-    """Handles one binding's events. ``journal_later(work)`` has the effects of a running work committed soon."""
+    """Handles one binding's events. ``journal_later(work)`` has the effects of a running work committed soon;
+    ``lease(partition)`` returns when a call may be made for the partition (:mod:`streams.lease`).
+    """
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Handling:
         state_codec: StateCodec | None,
         stats: Stats,
         journal_later: Callable[[Work], None],
+        lease: Callable[[Partition], Awaitable[None]],
     ) -> None:
         self._binding = binding
         self._agent = binding.agent
@@ -68,6 +71,7 @@ class Handling:
         self._state_codec = state_codec
         self._stats = stats
         self._journal_later = journal_later
+        self._lease = lease
         self._warned_in = self._warnings = 0
 
     @property
@@ -146,6 +150,7 @@ class Handling:
             timeout_s=self._binding.timeout_s,
             on_performed=partial(self._performed, work),
             durable=partial(self._durable, work),
+            permitted=partial(self._lease, work.partition),
         )
 
     # Effects of a step that still runs.

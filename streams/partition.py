@@ -36,8 +36,10 @@ class Partition:
         "deaths",
         "effects",
         "expire_due",
+        "few",
         "full",
         "lanes",
+        "leased",
         "number",
         "owned",
         "parked",
@@ -85,6 +87,10 @@ class Partition:
         """Entries that wait for their commit, those of the transaction under way included."""
         self.expire_due = False
         """The next event looks for expired state and carries its tombstones."""
+        self.leased = -1
+        """After how many pauses of the process it was last known to be owned (streams.lease)."""
+        self.few: asyncio.Semaphore | None = None
+        """Lets few of the events run at once that were running when a process ended (streams.suspects)."""
         self.full = False
         """The finished-offset map has little room left; nothing more is fetched until it has."""
 

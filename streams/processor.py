@@ -36,6 +36,7 @@ from streams.fetcher import Fetcher
 from streams.firing import Firing
 from streams.handling import Handling
 from streams.kafka import consumer_settings, instance_id, transactional_settings
+from streams.lease import Lease
 from streams.messages import Messages
 from streams.offsets import OffsetTracker
 from streams.parking import Parking
@@ -106,7 +107,13 @@ class Processor:
         self._consumes = frozenset(agent.consumes)
         self._state_codec = None if agent.state_type is None else StateCodec(agent.state_type)
         self._handling = Handling(
-            binding, codec, ports or Ports(), self._state_codec, self.stats, lambda work: self._committer.journal(work)
+            binding,
+            codec,
+            ports or Ports(),
+            self._state_codec,
+            self.stats,
+            lambda work: self._committer.journal(work),
+            lambda partition: self._lease.hold(partition),
         )
         self._owned: dict[tuple[str, int], Partition] = {}
         self._stop = asyncio.Event()
@@ -117,6 +124,7 @@ class Processor:
         self._transactor: Transactor
         self._committer: Committer
         self._suspects: Suspects
+        self._lease: Lease
         self._parking: Parking
         self._firing: Firing
 
@@ -165,6 +173,7 @@ class Processor:
             await loop.run_in_executor(threads, self._open)
             self._assemble(threads)
             background = [loop.create_task(self._committer.run()), loop.create_task(self._tick_forever())]
+            background.append(loop.create_task(self._lease.keep()))
             for task in background:
                 task.add_done_callback(self._task_done)
             self._fetcher.start()
@@ -215,6 +224,7 @@ class Processor:
             stats=self.stats,
             interval_s=self._commit_interval_s,
         )
+        self._lease = Lease(self._committer.add)
         self._suspects = Suspects(
             self._handling, self._committer.add, max_crashes=binding.max_crashes, max_in_flight=binding.max_in_flight
         )
@@ -260,6 +270,8 @@ class Processor:
             self._failure = error
             for partition in self._owned.values():
                 partition.owned = False
+            # What would be done from here on is another owner's.
+            self._dispatcher.close()
         self._stop.set()
         self._committer.wake()
         self._committer.release()

@@ -4,8 +4,10 @@ In: works of a partition whose last owner died. Out: the same works' runs, each 
 begins, and those that were counted too often dead-lettered instead. In a process that nothing has happened to, nothing
 is counted: an owner's marker in the changelog, tombstoned when the partition is given up, tells the next owner.
 
-Events that were running at a death once already run one at a time, so that what is counted again is the culprit and not
-who ran beside it. With ``max_crashes`` counted runs and the first, uncounted one, a process dies once more often.
+Of the events that were running at one death few run at once, the square root of their number; those that were running
+at two run one at a time. So what is counted again is the culprit, and not who ran beside it, and thousands of slow
+calls that a dead process had under way don't wait for each other. With ``max_crashes`` counted runs and the first,
+uncounted one, a process dies once more often.
 """
 
 import asyncio
@@ -49,6 +51,7 @@ class Suspects:
         """Suspect what its last owner, which died, may have been running."""
         if partition.deaths:
             partition.suspect_until = partition.tracker.position + self._reach
+            partition.few = asyncio.Semaphore(max(1, math.isqrt(len(partition.runs))))
 
     def clear(self, partition: Partition, end: int) -> None:
         """Suspect nothing any more once all that was suspected is done, or all up to the partition's ``end``."""
@@ -60,7 +63,8 @@ class Suspects:
 
     async def run(self, work: Work) -> float | None:
         """As :meth:`streams.handling.Handling.handle`, counted."""
-        runs = work.partition.runs.get(work.order, 0)
+        partition = work.partition
+        runs = partition.runs.get(work.order, 0)
         if runs >= self._max_crashes:
             await self._handling.crashed(work, runs)
             return None
@@ -69,7 +73,7 @@ class Suspects:
         try:
             if runs == 0:
                 return await self._counted(work, trial, 1)
-            async with self._alone:
+            async with self._alone if runs > 1 or partition.few is None else partition.few:
                 return await self._counted(work, trial, runs + 1)
         except asyncio.CancelledError:
             task = asyncio.current_task()
