@@ -155,6 +155,8 @@ def test_every_command_is_listed_and_takes_json(run: Run) -> None:
         code, shown, _ = run(command, "--help")
         assert code == 0
         assert "--json" in shown
+    for command in ("list", "show", "redrive", "discard"):
+        assert "--json" in run("dlq", command, "--help")[1]
 
 
 def test_no_command_shows_the_help(run: Run) -> None:
