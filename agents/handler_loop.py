@@ -6,6 +6,7 @@ that it reads the same in replay. There is one such loop a thread; it belongs to
 """
 
 import asyncio
+import sys
 import threading
 from asyncio import Handle, TimerHandle
 from collections import deque
@@ -13,11 +14,20 @@ from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context as Variables
 from contextvars import ContextVar, copy_context
 from logging import getLogger
+from types import CodeType
 from typing import Any, Final, NoReturn, Protocol
 
 from agents.errors import NondeterminismError
 
 __all__ = ["TURNS", "Delay", "HandlerLoop", "Owner", "of_thread"]
+
+_AS_COMPLETED: Final = {
+    code
+    for code in asyncio.as_completed.__code__.co_consts
+    if isinstance(code, CodeType) and code.co_name == "<setcomp>"
+}
+_FROM_AS_COMPLETED: Final = 3
+"""Its set comprehension calls ensure_future, _ensure_future and then create_task."""
 
 log = getLogger(__name__)
 
@@ -35,12 +45,29 @@ class Delay(TimerHandle):
     sequence: int | None
 
 
+class HandlerTask(asyncio.Task[Any]):
+    """A task whose hash is the same in replay: sets of tasks, as ``asyncio.wait`` gives them, keep their order."""
+
+    def __init__(self, coro: Any, number: int, loop: "HandlerLoop", name: str | None, context: Variables) -> None:
+        self._number = number
+        super().__init__(coro, loop=loop, name=name, context=context)  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return self._number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 class Owner(Protocol):
     """One handler's run, as far as its loop needs it."""
 
     ready: deque[Handle]
     tasks: list[asyncio.Task[Any]]
     time: float
+
+    def number_task(self) -> int:
+        """A number for the next task: the same in replay, and most likely no other handler's."""
 
     def set_delay(self, delay: Delay) -> None:
         """Let ``delay`` run when it has passed."""
@@ -111,11 +138,19 @@ class HandlerLoop:
         name: str | None = None,
         context: Variables | None = None,
     ) -> asyncio.Task[Any]:
-        """A task of this handler; it is cancelled when the handler is done."""
+        """A task of this handler; it is cancelled when the handler is done.
+
+        Raises:
+            NondeterminismError: ``asyncio.as_completed`` wants to start a coroutine.
+        """
         owner = self._own()
+        if sys._getframe(_FROM_AS_COMPLETED).f_code in _AS_COMPLETED:
+            raise NondeterminismError(
+                "asyncio.as_completed starts coroutines in an order that differs from run to run; give it tasks"
+            )
         context = copy_context() if context is None else context
         context.run(TURNS.set, owner)
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)  # type: ignore[arg-type]
+        task = HandlerTask(coro, owner.number_task(), self, name, context)
         owner.tasks.append(task)
         return task
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, TypeVar
+from zlib import crc32
 
 import orjson
 
@@ -286,6 +287,11 @@ class Journal:
             ) from None
 
     # What turns ask: agents.turns.World.
+
+    @property
+    def seed(self) -> int:
+        """A number that goes with the event: its id's checksum, with room for the numbers of its tasks."""
+        return crc32(self._cause.id.encode()) << 16
 
     async def perform(self, request: Request) -> None:
         """Make the call; what comes of it, failures too, is kept in ``request``."""

@@ -47,6 +47,10 @@ class World(Protocol):
 
     replaying: bool
 
+    @property
+    def seed(self) -> int:
+        """A number that goes with the event, to tell its tasks from others'."""
+
     async def perform(self, call: Any) -> None:
         """Make the call; what comes of it, failures too, is kept in ``call``."""
 
@@ -121,6 +125,7 @@ class Turns:
         "_handler",
         "_loop",
         "_must_cancel",
+        "_numbered",
         "_real",
         "_waits_for",
         "_waker",
@@ -137,7 +142,7 @@ class Turns:
     def __init__(self, loop: HandlerLoop) -> None:
         self._loop = loop
         self._closing = self._must_cancel = self._done = False
-        self._cancelling = 0
+        self._cancelling = self._numbered = 0
         self._error: BaseException | None = None
         self._fault: Exception | None = None
         self._waits_for: asyncio.Future[Any] | None = None
@@ -153,16 +158,20 @@ class Turns:
 
     def ask(self, call: Call) -> "asyncio.Future[Any]":
         """The future of the call's answer, for the handler to await."""
-        if self._closing:
-            raise CancelledError
         call.future = asyncio.Future(loop=self._loop)  # type: ignore[arg-type]
-        self._calls.append(call)
+        if not self._closing:  # one that asks while it is being ended is cancelled there
+            self._calls.append(call)
         return call.future
 
     def give_up(self, fault: Exception) -> "asyncio.Future[Any]":
         """End the run with ``fault``, past all that the handler would catch; it awaits what never comes."""
         self._fault = self._fault or fault
         return asyncio.Future(loop=self._loop)  # type: ignore[arg-type]
+
+    def number_task(self) -> int:
+        """A number for the next task: the same in replay, and most likely no other handler's."""
+        self._numbered += 1
+        return self._world.seed + self._numbered
 
     def set_delay(self, delay: Delay) -> None:
         """Let ``delay`` run when it has passed."""
@@ -327,16 +336,21 @@ class Turns:
             NondeterminismError: in replay, there is none.
         """
         self._delays = [delay for delay in self._delays if not delay.cancelled()]
-        waiting: tuple[Call | Delay, ...] = (*self._calls, *self._delays)
-        answers = [item for item in waiting if item.sequence is not None]
-        if answers:
-            item: Call | Delay = min(answers, key=_sequence_of)
+        item: Call | Delay
+        if self._calls:
+            waiting: tuple[Call | Delay, ...] = (*self._calls, *self._delays)
+            recorded = [item for item in waiting if item.sequence is not None]
+            if not recorded and not self._world.replaying:
+                return False
+            if not recorded:
+                raise NondeterminismError("in replay the handler waits for calls that are not recorded to have ended")
+            item = min(recorded, key=_sequence_of)
         elif not self._world.replaying:
             return False
-        elif self._delays and not self._calls:
-            item = self._next_delay()
+        elif not self._delays:
+            raise NondeterminismError("in replay the handler waits for something that is no effect, and was not woken")
         else:
-            raise NondeterminismError("in replay the handler waits for what is not recorded to have happened")
+            item = self._next_delay()
         if isinstance(item, Delay):
             self._pass(item)
         else:
