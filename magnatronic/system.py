@@ -321,8 +321,7 @@ class System:
         self._observer.stopping()
         if self._control is not None:
             await self._control.stop()
-        if self._monitor is not None:
-            await asyncio.to_thread(self._monitor.stop)
+        monitor_gone = None if self._monitor is None else asyncio.ensure_future(asyncio.to_thread(self._monitor.stop))
         if self._agents is not None:
             self._agents.stop()
         work = [task for task in self._background if task.get_name() == "agents"]
@@ -344,6 +343,8 @@ class System:
         await self._observer.stop()
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
+        if monitor_gone is not None:
+            await monitor_gone
         if self._broker is not None:
             await asyncio.to_thread(self._broker.stop)
         self._lock.release()

@@ -157,7 +157,9 @@ class Runner:
         if self._telemetry:
             teller = Teller(codec=self._codec, kafka=self._kafka, instance=str(self._slot))
         try:
-            while not self._ended.is_set():
+            while True:
+                # Once more when all have stopped: their last events are not told yet.
+                over = self._ended.is_set()
                 for name, processor in self.processors.items():
                     try:
                         readiness = self.readiness[name]
@@ -167,6 +169,8 @@ class Runner:
                     except Exception:
                         # Figures are worth less than the work.
                         log.exception("%s: its figures can't be told", processor.name)
+                if over:
+                    return
                 with suppress(TimeoutError):
                     async with asyncio.timeout(INTERVAL_S):
                         await self._ended.wait()

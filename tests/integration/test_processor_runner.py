@@ -11,11 +11,12 @@ from pydantic import BaseModel
 from agents.agent import Agent
 from agents.context import Context
 from schemas.codec import Codec
-from schemas.events import ProcessorStats, StepAssigned, StepCompleted
+from schemas.events import AgentHeartbeat, AgentRegistered, Health, ProcessorStats, StepAssigned, StepCompleted
 from schemas.metadata import Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import topic_of
 from streams.binding import Binding
+from streams.directory import AgentDirectory
 from streams.errors import FencedError, MissingTopicError
 from streams.kafka import producer_settings, reader_settings
 from streams.runner import Runner
@@ -27,6 +28,7 @@ class Echo(Agent[BaseModel]):
     version = "1"
     consumes = (StepAssigned,)
     emits = (StepCompleted,)
+    capabilities = ("echoing",)
 
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
@@ -98,7 +100,7 @@ class Scene:
 @pytest.fixture
 def scene(kafka: Any) -> Scene:
     known = kafka.admin.list_topics(timeout=20).topics
-    for name in ("work.results.normal", "telemetry", "dead-letters"):
+    for name in ("work.results.normal", "telemetry", "dead-letters", "agents.directory"):
         if name not in known:
             kafka.create_topics(name)
     return Scene(kafka)
@@ -131,6 +133,42 @@ async def test_processors_run_side_by_side_and_tell_their_figures(scene: Scene) 
         assert all(each.p99_ms >= each.p50_ms for each in mine)
         assert max(each.p50_ms for each in mine) > 0
         assert (mine[-1].lag, mine[-1].in_flight) == (0, 0)
+
+
+async def test_processors_announce_themselves_and_their_end(scene: Scene) -> None:
+    runner = scene.runner(slot="here")
+    names = {binding.agent.name for binding in scene.bindings}
+    with AgentDirectory(scene.kafka.config, CODEC) as directory:
+
+        def health_of_mine() -> list[Health]:
+            return [each.health for each in directory.entries() if each.agent in names and each.instance == "here"]
+
+        running = asyncio.create_task(runner.run())
+        await until(lambda: health_of_mine() == [Health.READY] * 2, running)
+        # One that starts later learns it from the topic.
+        with AgentDirectory(scene.kafka.config, CODEC) as later:
+            assert {each.agent for each in await later.lookup("echoing")} >= names
+        runner.stop()
+        await running
+        async with asyncio.timeout(20):
+            while health_of_mine() != [Health.GONE] * 2:  # noqa: ASYNC110 - a thread fills it, which sets no event
+                await asyncio.sleep(0.05)
+    told = scene.told(topic_of(AgentRegistered).name, lambda each: each.event.name in names)
+    for name in names:
+        mine = [each for each in told if each.name == name]
+        healths = [each.health for each in mine if isinstance(each, AgentHeartbeat)]
+        assert healths[0] is Health.STARTING
+        assert healths[-1] is Health.GONE
+        assert Health.DEGRADED not in healths
+        (registered,) = [each for each in mine if isinstance(each, AgentRegistered)]
+        assert registered == AgentRegistered(
+            name=name,
+            instance="here",
+            version="1",
+            capabilities=("echoing",),
+            consumes=("StepAssigned",),
+            emits=("StepCompleted",),
+        )
 
 
 async def test_a_processor_that_cannot_run_stops_the_others(scene: Scene) -> None:
