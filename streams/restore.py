@@ -107,7 +107,7 @@ class _Restore:
             raise RestoreCancelledError(f"the restore of {len(self._inputs)} changelog partitions was cancelled")
 
     def _high_watermarks(self) -> dict[_Place, int]:
-        # Bound: a client that is collected takes its unanswered requests along. At level 6 it tells of its own clean-up.
+        # Bound: a client that is collected takes its unanswered requests along. At level 6 it tells of its clean-up.
         admin = AdminClient({"log_level": 5, **self._kafka})
         leaders_by = time.monotonic() + min(self._timeout_s, _LEADER_TIMEOUT_S)
         ends: dict[_Place, int] = {}
