@@ -85,7 +85,9 @@ def consumer_settings(
         # what a processor does in a tenth of a second.
         "queued.max.messages.kbytes": 4096,
         "queued.min.messages": 10_000,
-        "fetch.message.max.bytes": 1_048_576,
+        # Of one partition in one answer; a larger message comes all the same. Answers of megabytes would keep an
+        # urgent record waiting, and are thrown away when their partition is paused.
+        "fetch.message.max.bytes": 262_144,
         # A topic that was deleted is noticed at the next look, after 5 minutes by default.
         "topic.metadata.refresh.interval.ms": 10_000,
         # A partition that just lost its leader is asked again quickly.
