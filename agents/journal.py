@@ -302,6 +302,11 @@ class Journal:
             request.fields = request.succeeded(await request.call(request))
         except EffectFailedError as failure:
             request.error = _error_json(failure.error_type, failure.message, failure.retryable)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            request.error = _error_json("CancelledError", "the port cancelled the call itself", retryable=True)
         except Exception as failure:  # noqa: BLE001 - whatever a port raises is recorded as the call's outcome
             request.error = _error_json(type(failure).__name__, str(failure), retryable=True)
         if request.error:
@@ -312,10 +317,7 @@ class Journal:
         """The answer that the handler is given: the recorded one, or what came of the call, recorded now."""
         if request.recorded is not None:
             return request.recorded
-        if request.started_at is None or (not request.fields and not request.error):
-            request.started_at = request.started_at or datetime.now(UTC)
-            request.fields = request.failed()
-            request.error = _error_json("CancelledError", "the call was cancelled from within", retryable=True)
+        assert request.started_at is not None
         return self._record(
             request.effect_type,
             request,

@@ -52,7 +52,11 @@ class World(Protocol):
         """A number that goes with the event, to tell its tasks from others'."""
 
     async def perform(self, call: Any) -> None:
-        """Make the call; what comes of it, failures too, is kept in ``call``."""
+        """Make the call; what comes of it, failures too, is kept in ``call``.
+
+        Raises:
+            BaseException: the run is to end with this.
+        """
 
     def settle(self, call: Any) -> Any:
         """The answer that the handler is given: the recorded one, or what came of the call, recorded now."""
@@ -324,7 +328,10 @@ class Turns:
         self._calls.remove(call)
         if call in self._finished:  # its result came, if too late for this run: it was paid for, so it is recorded
             self._finished.remove(call)
-            self._world.settle(call)
+            if call.task is not None and not call.task.cancelled() and call.task.exception() is None:
+                self._world.settle(call)
+            else:
+                self._world.abandon(call)
         elif call.sequence is None:
             self._world.abandon(call)
         self._end(call)
@@ -375,7 +382,10 @@ class Turns:
         if self.ready:
             return
         if self._finished:
-            self._answer(self._finished.popleft())
+            call = self._finished.popleft()
+            assert call.task is not None
+            call.task.result()  # raises what is no failure of the call, but the end of this run
+            self._answer(call)
         elif delay is not None and delay.due <= monotonic():
             if calls:
                 self._world.delay_passed(delay)
@@ -434,6 +444,9 @@ class Turns:
         """End everything at once; nothing of the handler counts, and nothing is recorded."""
         for call in self._calls:
             self._end(call)
+        for call in self._finished:
+            if call.task is not None and not call.task.cancelled():
+                call.task.exception()  # told in the log by nobody, as the run ends for one of them already
         self._close()
         self._calls.clear()
 

@@ -423,6 +423,43 @@ async def test_after_a_crash_an_attempt_that_decides_otherwise_than_a_timeout_di
     await assert_replays(handler, [*effects(first), *effects(second)], result)
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+async def test_a_port_that_cancels_itself_is_a_failed_call(calls: int) -> None:
+    class Cancels:
+        name = "cancels"
+
+        async def complete(self, request: LlmRequest, *, idempotency_key: str) -> LlmResponse:
+            raise asyncio.CancelledError
+
+    async def handler(ctx: Context[Any]) -> None:
+        results = await asyncio.gather(*(ask(ctx, str(number)) for number in range(calls)), return_exceptions=True)
+        say(ctx, *(str(item) for item in results))
+
+    live = journal(Cancels())  # type: ignore[arg-type]
+    result = await play(handler, live)
+    assert isinstance(result.outputs[0].event, PlanProposed)
+    assert result.outputs[0].event.rationale.count("the port cancelled the call itself") == calls
+    await assert_replays(handler, effects(live), result)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("refusal", [asyncio.CancelledError, OSError])
+async def test_a_call_that_is_not_permitted_ends_the_run(calls: int, refusal: type[BaseException]) -> None:
+    async def permitted() -> None:
+        raise refusal
+
+    async def handler(ctx: Context[Any]) -> None:
+        await asyncio.gather(*(ask(ctx, str(number)) for number in range(calls)), return_exceptions=True)
+        say(ctx, "went on")
+
+    world = World(0)
+    live = journal(world, permitted=permitted)
+    where: dict[str, Any] = {"timestamp_ms": AT_MS, "priority": Priority.NORMAL, "state": None, "journal": live}
+    with pytest.raises(refusal):
+        await run_step(Player(handler), EVENT, **where)
+    assert (live.performed, world.calls) == ([], [])
+
+
 async def test_what_is_left_behind_is_cancelled_when_the_handler_is_done() -> None:
     async def handler(ctx: Context[Any]) -> None:
         task = asyncio.create_task(ask(ctx, "slow"))
