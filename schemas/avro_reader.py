@@ -236,7 +236,12 @@ class _Compiler:
             self._emit(f"{to} = _{kind}(b, p)[0]; p += {writer.min_size}")
         else:
             self._emit("n = b[p]; p += 1")
-            self._emit("if n & 129: n, p = _length(b, p - 1)")
+            # Two bytes hold lengths up to 8,191, and are read here because calls take longer than all else of it.
+            with self._block_of("if n & 129:"):
+                self._emit("if n & 1 or (m := b[p]) > 127: n, p = _length(b, p - 1)")
+                with self._block_of("else:"):
+                    self._emit("n += (m << 7) - 128; p += 1")
+                    self._emit("if p + (n >> 1) > len(b): _length(b, p - 2)")
             self._emit("q = p + (n >> 1)")
             self._emit(f"{to} = b[p:q]{'.decode()' if read_as == 'string' else ''}; p = q")
 
@@ -262,11 +267,17 @@ class _Compiler:
         count, extra = self._name("k"), self._name("x")
         self._emit(f"{extra} = 0")
         with self._block_of("while True:"):
-            with self._block_of("if b[p] == 0:"):
+            self._emit(f"{count} = b[p]")
+            with self._block_of(f"if {count} == 0:"):
                 self._emit("p += 1")
                 self._emit("break")
-            self._emit(f"{count}, p = _block(b, p, {min_size}, {weight}, {extra}, budget)")
-            self._emit(f"if not {count}: break")
+            # The usual first block, of less than 64 items that there is room for, needs no call.
+            room = f"({count} >> 1) * {min_size} > len(b) - p - 1 or ({count} >> 1) * {weight} > budget[0]"
+            with self._block_of(f"if {count} & 129 or {extra} or {room}:"):
+                self._emit(f"{count}, p = _block(b, p, {min_size}, {weight}, {extra}, budget)")
+                self._emit(f"if not {count}: break")
+            with self._block_of("else:"):
+                self._emit(f"p += 1; {count} >>= 1; budget[0] -= {count} * {weight}")
             yield count
             self._emit(f"{extra} = {_BLOCK_VALUES}")
 
