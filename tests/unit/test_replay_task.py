@@ -1,7 +1,7 @@
 """Replay of one task: what is as recorded is proved so, and every kind of difference is found and named."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from agents.agent import Agent, Failure
@@ -11,8 +11,8 @@ from agents.journal import Journal
 from agents.step import failure_of, run_failure, run_step
 from replay.task import ReplayReport, record_hash, redecide
 from schemas.codec import Codec
-from schemas.events import PlanProposed, PlanRejected, Priority, TaskSubmitted
-from schemas.metadata import Envelope, Metadata
+from schemas.events import PlanProposed, PlanRejected, Priority, StepCancelled, TaskSubmitted, TimerFired
+from schemas.metadata import REDRIVE_HEADER, Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import key_of, topic_name
 
@@ -81,14 +81,14 @@ def as_record(envelope: Envelope, offset: int) -> Record:
     return Record(topic, 0, offset, AT_MS + offset, key_of(envelope.event).encode(), encoded.value, encoded.headers)
 
 
-async def recorded_history(model: Model) -> list[Record]:
+async def recorded_history(model: Model, first: int = 0) -> list[Record]:
     """The log as a live processor would have written it."""
     agent = Planner()
     cause = Metadata("submission", "/clients/test", "t1", datetime(2026, 1, 1, tzinfo=UTC), correlation_id="t1")
     envelope = Envelope(TaskSubmitted(task_id="t1", objective="why"), cause)
     journal = Journal(agent=agent.name, source=agent.source, key="t1", cause=cause, ports=Ports(llm=model))
     where: dict[str, Any] = {
-        "timestamp_ms": AT_MS,
+        "timestamp_ms": AT_MS + first,
         "priority": Priority.NORMAL,
         "state": None,
         "journal": journal,
@@ -98,7 +98,7 @@ async def recorded_history(model: Model) -> list[Record]:
     except EffectFailedError as error:
         result = await run_failure(agent, envelope, failure_of(error), **where)
     everything = [envelope, *journal.performed, *result.outputs]
-    return [as_record(item, offset) for offset, item in enumerate(everything)]
+    return [as_record(item, offset) for offset, item in enumerate(everything, first)]
 
 
 async def replay(records: list[Record], agent: Agent[Any]) -> ReplayReport:
@@ -180,3 +180,79 @@ async def test_an_output_that_is_gone_from_the_decision_is_found() -> None:
     report = await replay([*records, extra], Planner())
     assert not report.ok
     assert report.steps[0].outputs[-1].redecided_hash is None
+
+
+def fired(cause: str, due: datetime, agent: str = "waiter") -> Envelope:
+    """What the processor writes when the timer is due."""
+    micros = (due - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    metadata = Metadata(
+        deterministic_id(cause, agent, "timer", "t1", "remind", micros), f"/agents/{agent}@1", "t1", due, cause, "t1"
+    )
+    return Envelope(TimerFired(task_id="t1", agent=agent, lane="t1", timer="remind", due=due), metadata)
+
+
+class Waiter(Planner):
+    """Sets a timer, and plans when it has fired."""
+
+    name = "waiter"
+    consumes = (TaskSubmitted, TimerFired)  # type: ignore[assignment]
+    wait = timedelta(seconds=2)
+
+    async def handle(self, event: TaskSubmitted | TimerFired, ctx: Context[Any]) -> None:
+        if isinstance(event, TaskSubmitted):
+            ctx.timer("remind", ctx.now + self.wait)
+        else:
+            ctx.emit(PlanProposed(task_id=event.task_id, objective="x", steps=(), rationale=ctx.now.isoformat()))
+
+
+class Hasty(Waiter):
+    """The same agent, with a shorter wait."""
+
+    wait = timedelta(seconds=1)
+
+
+async def waited_history() -> list[Record]:
+    agent = Waiter()
+    cause = Metadata("submission", "/clients/test", "t1", datetime(2026, 1, 1, tzinfo=UTC), correlation_id="t1")
+    first = Envelope(TaskSubmitted(task_id="t1", objective="why"), cause)
+    timer = fired("submission", datetime.fromtimestamp(AT_MS / 1000, UTC) + agent.wait)
+    journal = Journal(agent=agent.name, source=agent.source, key="t1", cause=timer.metadata)
+    result = await run_step(agent, timer, timestamp_ms=AT_MS + 1, priority=Priority.NORMAL, state=None, journal=journal)
+    return [as_record(item, offset) for offset, item in enumerate([first, timer, *result.outputs])]
+
+
+async def test_a_timer_that_fired_is_one_that_is_set_again() -> None:
+    records = await waited_history()
+    assert (await replay(records, Waiter())).ok
+    report = await replay(records, Hasty())
+    assert "'remind' that fired was not set" in report.steps[1].difference
+
+
+async def test_another_agents_timer_is_not_handled() -> None:
+    records = await waited_history()
+    others = as_record(fired("submission", datetime(2026, 1, 2, tzinfo=UTC), agent="other"), 7)
+    report = await replay([*records, others], Waiter())
+    assert report.ok
+    assert len(report.steps) == 2
+
+
+async def test_a_cancelled_step_is_not_decided_again() -> None:
+    submitted, *_ = await recorded_history(Model())
+    cancelled = StepCancelled(
+        task_id="t1", step_id="t1/1", attempt=1, agent="planner", event_id="submission", reason="enough"
+    )
+    metadata = Metadata("c", "/agents/planner@1", "t1", datetime(2026, 1, 1, tzinfo=UTC), "submission", "t1")
+    report = await replay([submitted, as_record(Envelope(cancelled, metadata), 5)], Planner())
+    assert report.ok
+    assert report.steps == ()
+    assert not (await replay([submitted], Planner())).ok
+
+
+async def test_an_event_that_was_sent_again_is_decided_each_time_by_its_own_effects() -> None:
+    failed, later = await recorded_history(Model(fails=True)), await recorded_history(Model(), first=10)
+    later[0] = replace(later[0], headers=[*later[0].headers, (REDRIVE_HEADER, b"planner")])
+    report = await replay([*failed, *later], Planner())
+    assert report.ok
+    assert [step.outputs[0].event_type for step in report.steps] == ["PlanRejected", "PlanProposed"]
+    later[0] = replace(later[0], headers=[*later[0].headers[:-1], (REDRIVE_HEADER, b"another")])
+    assert len((await replay([*failed, later[0]], Planner())).steps) == 1
