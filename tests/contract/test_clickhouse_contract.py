@@ -12,6 +12,8 @@ import pytest
 from schemas.codec import Codec
 from schemas.errors import DecodeError
 from schemas.events import (
+    AlertCleared,
+    AlertRaised,
     AssessedClaim,
     Assessment,
     ChunkEmbedded,
@@ -24,6 +26,7 @@ from schemas.events import (
     PlannedStep,
     PlanProposed,
     Priority,
+    Severity,
     StepAssessed,
     StepAssigned,
     StepCompleted,
@@ -277,7 +280,7 @@ def test_a_batch_written_twice_shows_once(sink: ClickHouseSink, clickhouse: Clic
     assert clickhouse.query("SELECT count() FROM event_log").rows == [(len(log.records),)]
 
 
-VIEWS = ("events", "tasks", "steps", "llm_calls", "tool_calls", "documents", "dead_letters", "topics")
+VIEWS = ("events", "tasks", "steps", "llm_calls", "tool_calls", "documents", "dead_letters", "alerts", "topics")
 
 
 def test_a_crash_between_data_and_offsets_loses_and_doubles_nothing(
@@ -391,6 +394,32 @@ def test_documents_and_dead_letters(sink: ClickHouseSink, clickhouse: ClickHouse
         3,
         "decomposer",
     )
+
+
+def test_an_alert_is_one_row_however_often_it_was_told(sink: ClickHouseSink, clickhouse: ClickHouse) -> None:
+    log = Log()
+
+    def raised(alert_id: str, rule: str) -> AlertRaised:
+        return AlertRaised(
+            source="retriever",
+            alert_id=alert_id,
+            rule=rule,
+            severity=Severity.CRITICAL,
+            message="it waits",
+            value=50.0,
+            threshold=45.0,
+        )
+
+    cleared = AlertCleared(source="retriever", alert_id="1", rule="stall")
+    told = (raised("1", "stall"), raised("1", "stall"), cleared, raised("1", "stall"), cleared, raised("2", "latency"))
+    for number, event in enumerate(told):
+        log.add(event, 10 * number)
+    sink.write(log.records, log.offsets())
+    first, second = _dicts(clickhouse, "SELECT * FROM alerts ORDER BY alert_id")
+    assert (first["raised_at"], first["cleared_at"]) == (START, START + timedelta(milliseconds=20))
+    assert (first["rule"], first["source"], first["severity"]) == ("stall", "retriever", "critical")
+    assert (first["message"], first["value"], first["threshold"]) == ("it waits", 50.0, 45.0)
+    assert (second["rule"], second["cleared_at"]) == ("latency", None)
 
 
 def test_named_queries_answer(sink: ClickHouseSink, clickhouse: ClickHouse) -> None:

@@ -14,6 +14,22 @@ SELECT
 FROM event_log FINAL
 PREWHERE type = 'magnatronic.operations.DeadLettered';
 
+-- One row an alert, however often the Monitor told it: it delivers at least once, with the same ids.
+CREATE OR REPLACE VIEW alerts AS
+SELECT
+    minIf(timestamp, type = 'magnatronic.operations.AlertRaised') AS raised_at,
+    minOrNullIf(timestamp, type = 'magnatronic.operations.AlertCleared') AS cleared_at,
+    any(JSONExtractString(payload, 'rule')) AS rule,
+    any(JSONExtractString(payload, 'source')) AS source,
+    anyIf(JSONExtractString(payload, 'severity'), type = 'magnatronic.operations.AlertRaised') AS severity,
+    anyIf(JSONExtractString(payload, 'message'), type = 'magnatronic.operations.AlertRaised') AS message,
+    anyIf(JSONExtractFloat(payload, 'value'), type = 'magnatronic.operations.AlertRaised') AS value,
+    anyIf(JSONExtractFloat(payload, 'threshold'), type = 'magnatronic.operations.AlertRaised') AS threshold,
+    JSONExtractString(payload, 'alert_id') AS alert_id
+FROM event_log FINAL
+PREWHERE type IN ('magnatronic.operations.AlertRaised', 'magnatronic.operations.AlertCleared')
+GROUP BY alert_id;
+
 -- What each topic holds, as far as it was read. undecodable counts values that are no event.
 CREATE OR REPLACE VIEW topics AS
 SELECT
