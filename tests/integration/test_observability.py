@@ -188,9 +188,11 @@ def test_a_task_through_all_agents_is_one_connected_trace(system: "SystemForTest
         assert step.attributes["messaging.destination.name"] == step.name.removeprefix("process ")
         assert step.attributes["messaging.consumer.group.name"] == f"magnatronic.{step.service}"
         assert step.attributes["gen_ai.conversation.id"] == answer["task_id"]
-    calls = {span.attributes["gen_ai.operation.name"]: span for span in trace if span.kind == 3}  # CLIENT
+    # Of kind CLIENT, and named "<operation> <model, or what is asked>".
+    calls = {span.name.partition(" ")[0]: span for span in trace if span.kind == 3}
     assert calls["chat"].attributes["gen_ai.provider.name"] == "extractive"
     assert calls["retrieval"].attributes["magnatronic.retrieval.hits"] > 0
+    assert calls["query"].attributes["db.namespace"] == "directory"
     for call in calls.values():
         assert known[call.parent_id].service == call.service
     # Each of the task's events in the log that an agent handled is a step of the trace.
