@@ -77,13 +77,15 @@ def _begin(kafka: Mapping[str, Any], group: str, places: list[TopicPartition]) -
     since_ms = int((time.time() - _READ_BACK.total_seconds()) * 1000)
     consumer = Consumer({**reader_settings(kafka, group), "group.id": group})
     try:
+        # The ends first: what is appended between the two questions is then found by one of them.
+        earliest = {
+            (place.topic, place.partition): consumer.get_watermark_offsets(place, timeout=_TIMEOUT_S)[1]
+            for place in places
+        }
         asked = [TopicPartition(place.topic, place.partition, since_ms) for place in places]
-        earliest = {}
         for place in consumer.offsets_for_times(asked, timeout=_TIMEOUT_S):
-            offset = place.offset
-            if offset < 0:  # no record is that young
-                _, offset = consumer.get_watermark_offsets(place, timeout=_TIMEOUT_S)
-            earliest[place.topic, place.partition] = offset
+            if place.offset >= 0:  # else no record is that young
+                earliest[place.topic, place.partition] = place.offset
         moved = [
             TopicPartition(place.topic, place.partition, earliest[place.topic, place.partition])
             for place in consumer.committed(places, timeout=_TIMEOUT_S)

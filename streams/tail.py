@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Final, Self
 from uuid import uuid4
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from schemas.codec import Codec
 from schemas.errors import RegistryError, SchemaError
@@ -135,13 +135,15 @@ class Tail:
         places = [TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in topic.partitions]
         if self._since is not None:
             since_ms = int((time.time() - self._since.total_seconds()) * 1000)
+            # The ends first: what is appended between the two questions is then found by one of them.
+            ends = {place.partition: consumer.get_watermark_offsets(place, timeout=_METADATA_S)[1] for place in places}
             asked = [TopicPartition(self._topic, place.partition, since_ms) for place in places]
             places = consumer.offsets_for_times(asked, timeout=_METADATA_S)
             for place in places:
                 if place.error is not None:
                     raise KafkaException(place.error)
-                # No record is that young: nothing but what comes.
-                place.offset = OFFSET_END if place.offset < 0 else place.offset
+                if place.offset < 0:  # no record is that young
+                    place.offset = ends[place.partition]
         consumer.assign(places)
         return set(topic.partitions)
 
