@@ -92,13 +92,14 @@ class Handling:
         journal = work.journal
         if journal is None:
             journal = work.journal = self._journal_of(work, envelope.metadata)
+        state = partition.state.get(work.lane)
         try:
             result = await run_step(
                 self._agent,
                 envelope,
                 timestamp_ms=work.record.timestamp_ms,
                 priority=partition.priority,
-                state=partition.state.get(work.lane),
+                state=state,
                 journal=journal,
             )
             messages = self._outcome(result, work)
@@ -110,8 +111,6 @@ class Handling:
             if failure is None:
                 self.cancelled(work)
                 return None
-        except StateError:
-            raise  # the changelog is damaged: that is no failure of the event
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
             failure = failure_of(error)
         else:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from agents.context import Ports
 from agents.step import concerns, lane_of
@@ -28,7 +28,6 @@ from schemas.events import StepAssigned, TimerFired
 from schemas.metadata import REDRIVE_HEADER
 from schemas.record import Record
 from streams.binding import Binding
-from streams.changelog import Restored
 from streams.committer import Committer
 from streams.dispatch import Dispatcher, Lane, Worker, rank_of
 from streams.errors import ClusterError, RestoreCancelledError, StateError
@@ -62,7 +61,6 @@ _RESTORE_S: Final = 120.0
 _COMMITTED_S: Final = 60.0
 _COMMITTED_SLICE_S: Final = 0.5
 _MARKED_S: Final = 5.0
-_NOTHING_RESTORED: Final = Restored()
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +298,7 @@ class Processor:
         self.stats.restore_s = time.monotonic() - started
         prepared = []
         for place, (changelog, _, number) in zip(committed, changelogs, strict=True):
-            found = restored.get((changelog, number), _NOTHING_RESTORED)
+            found = restored[changelog, number]
             if place.offset < 0 and not found.empty:
                 raise StateError(
                     f"{changelog}[{number}] is not empty, but group {group} has no offset for {place.topic}[{number}]; "
@@ -342,8 +340,8 @@ class Processor:
             self._owned[partition.topic, partition.number] = partition
             self._suspects.suspect(partition)
             self._committer.add(owner_marker(partition))
-            offset = partition.tracker.first_unfinished or OFFSET_BEGINNING
-            places.append(TopicPartition(partition.topic, partition.number, offset))
+            # 0 where nothing was committed; OFFSET_BEGINNING would be looked up first, which takes half a second.
+            places.append(TopicPartition(partition.topic, partition.number, partition.tracker.first_unfinished or 0))
             if partition.deaths:
                 log.warning(
                     "%s: the last owner of %s[%d] ended without a word (%d in a row); each run is counted for now",
