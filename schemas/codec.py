@@ -142,17 +142,20 @@ class Codec:
             headers: list[tuple[str, bytes]] = [
                 _SPECVERSION,
                 writing.type_header,
-                ("ce_source", metadata.source.encode()),
+                _source_header(metadata.source),
                 ("ce_id", metadata.id.encode()),
-                ("ce_time", _rfc3339(metadata.time)),
+                _time_header(metadata.time),
                 writing.schema_header,
             ]
-            if metadata.subject:
-                headers.append(("ce_subject", metadata.subject.encode()))
+            subject, correlation = metadata.subject, metadata.correlation_id
+            subject_text = subject.encode()
+            if subject:
+                headers.append(("ce_subject", subject_text))
             if metadata.causation_id:
                 headers.append(("ce_causationid", metadata.causation_id.encode()))
-            if metadata.correlation_id:
-                headers.append(("ce_correlationid", metadata.correlation_id.encode()))
+            if correlation:
+                # Of a task's events both are the task.
+                headers.append(("ce_correlationid", subject_text if correlation == subject else correlation.encode()))
             headers.append(_CONTENT_TYPE)
             if metadata.traceparent:
                 headers.append(("traceparent", metadata.traceparent.encode()))
@@ -368,13 +371,18 @@ def _topic_cap(kind: type[Event]) -> int:
     return next((topic.max_message_bytes for topic in TOPICS if kind in topic.events), MAX_BYTES)
 
 
+@lru_cache(maxsize=256)
+def _source_header(source: str) -> tuple[str, bytes]:
+    return "ce_source", source.encode()
+
+
 @lru_cache(maxsize=256)  # the records of a batch share their append time, which becomes their outputs' time
-def _rfc3339(time: datetime) -> bytes:
+def _time_header(time: datetime) -> tuple[str, bytes]:
     if time.tzinfo is not UTC:
         if time.tzinfo is None:
             raise EncodeError("the metadata's time has no time zone; use an aware datetime")
         time = time.astimezone(UTC)
-    return (time.isoformat("T", "microseconds")[:26] + "Z").encode()
+    return "ce_time", (time.isoformat("T", "microseconds")[:26] + "Z").encode()
 
 
 def _parse_time(text: bytes) -> datetime:
