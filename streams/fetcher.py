@@ -297,11 +297,13 @@ class Fetcher:
         if now - self._looked < _LOOK_S:
             return
         self._looked = now
+        try:
+            # All of them: the client looks at its subscription anew only then.
+            known = self._consumer.list_topics(timeout=_LOOK_S).topics
+        except KafkaException:
+            return  # nobody can say
         for topic, (deadline, error) in list(self._missing.items()):
-            try:
-                found = self._consumer.list_topics(topic, timeout=_LOOK_S).topics.get(topic)
-            except KafkaException:
-                continue  # nobody can say
+            found = known.get(topic)
             if found is not None and found.error is None:
                 del self._missing[topic]
             elif now > deadline:

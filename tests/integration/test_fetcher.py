@@ -408,8 +408,9 @@ async def test_a_broker_out_of_reach_costs_the_partitions_only_for_as_long(kafka
 async def test_a_topic_that_is_deleted_is_named(kafka: Any) -> None:
     topic, other = kafka.topic("fetch"), kafka.topic("fetch")
     produce(kafka, topic, 10)
+    soon = {"topic.metadata.refresh.interval.ms": 1000}
     with pytest.raises(MissingTopicError) as caught:  # noqa: PT012 - it is raised at the end
-        async with fetching(kafka, kafka.unique("group"), [topic, other]) as listener:
+        async with fetching(kafka, kafka.unique("group"), [topic, other], settings=soon) as listener:
             await listener.until(lambda: listener.count(topic) == 10)
             kafka.admin.delete_topics([topic])[topic].result(20)
             await asyncio.wait([listener.fetcher.finished], timeout=30)
