@@ -12,9 +12,12 @@ from agents.retriever import Retriever
 from agents.text import content_words, is_not_found, markers_of, overlap
 from schemas.events import (
     Assessment,
+    DirectoryEntry,
     Evidence,
+    Health,
     StepAssessed,
     StepAssigned,
+    StepCompleted,
     TaskCompleted,
     TaskFailed,
     TaskSubmitted,
@@ -86,6 +89,21 @@ async def test_what_the_corpus_lacks_is_said(harness: Any) -> None:
     done = (await ask(harness, "What is the capital of France?"))[-1]
     assert is_not_found(done.answer)
     assert done.citations == ()
+
+
+async def test_where_no_retriever_is_left_a_researcher_answers(harness: Any) -> None:
+    harness.llm = ExtractiveModel()
+    harness.directory.entries = tuple(
+        DirectoryEntry(agent=agent, instance="a", version="1", capabilities=(capability,), health=health)
+        for agent, capability, health in (
+            ("retriever", "retrieve", Health.GONE),
+            ("researcher", "research", Health.READY),
+        )
+    )
+    events = await ask(harness, "What is uvloop?")
+    assert [event.capability for event in events if isinstance(event, StepAssigned)] == ["research"]
+    assert [event.capability for event in events if isinstance(event, StepCompleted)] == ["research"]
+    assert "drop-in replacement" in events[-1].answer
 
 
 class Liar:
