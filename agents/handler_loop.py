@@ -9,7 +9,6 @@ import asyncio
 import sys
 import threading
 from asyncio import Handle, TimerHandle
-from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context as Variables
 from contextvars import ContextVar, copy_context
@@ -62,7 +61,7 @@ class HandlerTask(asyncio.Task[Any]):
 class Owner(Protocol):
     """One handler's run, as far as its loop needs it."""
 
-    ready: deque[Handle]
+    ready: list[Handle]
     tasks: list[asyncio.Task[Any]]
     time: float
 
