@@ -84,7 +84,7 @@ class Fetcher:
             self._loop,
             timeout_s=revoke_timeout_s,
             done=self._wake_up,
-            discard=self._backlog.discard,
+            discard=self._forget,
         )
         self._batch = max(1, min(_BATCH, max_in_flight))
         self._delivering = False
@@ -183,6 +183,11 @@ class Fetcher:
             # In the loop's next turn, so that what these messages need is done in between.
             self._delivering = True
             self._loop.call_soon(self._deliver)
+
+    def _forget(self, places: set[Place]) -> None:
+        # Who gets them back begins anew, with all there is to fetch.
+        self._held -= places
+        self._backlog.discard(places)
 
     def _fetched(self) -> None:
         if not self._delivering:
