@@ -40,7 +40,10 @@ class Binding:
     effects are retried, ``retry_by_error`` how those of one error type (``EffectFailedError.error_type``) are. An event
     that waits ``park_after_s`` or longer for its next attempt is parked in the changelog, with what waits behind it in
     its lane. ``timeout_s`` bounds an attempt, None for no bound. An event that was counted ``max_crashes`` times as
-    running when its process ended is dead-lettered.
+    running when its process ended is dead-lettered; with fewer than three so would be what ran beside the culprit.
+
+    Raises:
+        ValueError: a limit is out of its range.
     """
 
     agent: Agent[Any]
@@ -52,6 +55,11 @@ class Binding:
     park_after_s: float = 1.0
     timeout_s: float | None = 60.0
     max_crashes: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrency", 1), ("max_in_flight", 1), ("max_crashes", 3)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} of the binding of {self.agent.name} must be {least} or more")
 
     @property
     def group(self) -> str:

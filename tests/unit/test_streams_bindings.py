@@ -10,6 +10,7 @@ from agents.overseer import Overseer
 from agents.researcher import Researcher
 from agents.retriever import Retriever
 from schemas.topics import CAPABILITIES, all_topics
+from streams.binding import Binding, RetryPolicy
 from streams.bindings import bind
 
 AGENTS: list[Agent[Any]] = [
@@ -45,3 +46,17 @@ def test_an_agent_without_topics_is_refused() -> None:
     stranger = type("Stranger", (Agent,), {"name": "stranger", "handle": Retriever.handle})()
     with pytest.raises(LookupError, match="what topics stranger reads"):
         bind(stranger)
+
+
+@pytest.mark.parametrize("limit", ["concurrency", "max_in_flight", "max_crashes"])
+def test_a_limit_out_of_range_is_refused(limit: str) -> None:
+    with pytest.raises(ValueError, match=f"{limit} .* must be"):
+        Binding(Retriever(), ("work.retrieve.normal",), **{limit: 0})  # type: ignore[arg-type]
+
+
+def test_waits_double_up_to_their_limit_and_vary() -> None:
+    policy = RetryPolicy(attempts=9, backoff_s=1.0, max_backoff_s=5.0)
+    for attempt, longest in ((1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (9, 5.0)):
+        waits = [policy.wait_s(attempt) for _ in range(200)]
+        assert all(longest / 2 <= wait <= longest for wait in waits)
+        assert len(set(waits)) > 100
