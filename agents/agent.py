@@ -3,7 +3,8 @@
 In: one event of a type the agent consumes, and a :class:`~agents.context.Context`. Out: what the handler emits and
 the state it leaves, through the context. A handler decides by nothing else: no clock, no randomness, no I/O of its
 own, no attribute of ``self`` that changes. The same event, state and recorded effects then always give the same
-outputs, which is what makes retries safe and replay a proof.
+outputs, which is what makes retries safe and replay a proof. A handler may run its effects side by side, race them and
+bound them in time by asyncio's own means (``gather``, ``TaskGroup``, ``wait``, ``timeout``): see :mod:`agents.turns`.
 """
 
 from abc import ABC, abstractmethod
