@@ -16,13 +16,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
 from confluent_kafka import TopicPartition
 
+from streams.dispatch import RANKS
 from streams.errors import ClusterError, RecordRejectedError, TransactionAbortedError
 from streams.offsets import METADATA_LIMIT
 from streams.partition import Entry, Partition, Work
@@ -34,11 +35,13 @@ __all__ = ["Committer"]
 _MAX_MESSAGES: Final = 10_000
 _MAX_BYTES: Final = 16 * 1024 * 1024
 """A transaction's bounds: it is over in a second or so, far from its timeout of ten."""
+_BESIDE_OTHERS: Final = 1000
+"""Messages of a rank in a transaction where a more urgent one may be waiting for its end."""
 _ABORTED_BACKOFF_S: Final = 0.05
 _MAX_ABORTS: Final = 100
 _NEARLY_FULL: Final = METADATA_LIMIT // 2
 _ROOM_AGAIN: Final = METADATA_LIMIT // 4
-"""What is fetched already needs room too: 8,192 more offsets take 1,400 bytes at most."""
+"""What is fetched already needs room too: 9,000 more offsets take 1,500 bytes at most."""
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ class Committer:
     ``group`` gives the consumer group's metadata, None while there is no membership; ``settle(count, rank)`` gives
     fetched messages back; ``journal(work)`` makes the entry for a running work's new effects, if it has any;
     ``refused(entry, index, error)`` mends an entry with a message that the broker will never take.
-    ``room(partition, full)`` is told when a partition's finished-offset map is nearly full, and when it no longer is.
+    ``room(partition)`` is told when a partition's finished-offset map is nearly full, and when it no longer is.
+    ``ranks`` are those of the partitions: where there are several, an urgent result waits for no large transaction.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Committer:
         room: Callable[[Partition], None],
         stats: Stats,
         interval_s: float,
+        ranks: Collection[int] = RANKS,
     ) -> None:
         self._name = name
         self._transactor = transactor
@@ -76,7 +81,10 @@ class Committer:
         self._room = room
         self._stats = stats
         self._interval_s = interval_s
-        self._finished: deque[Entry] = deque()
+        # By rank: only within a partition does the order matter, and a partition has one rank.
+        self._finished: tuple[deque[Entry], ...] = (deque(), deque(), deque())
+        most_urgent = min(ranks, default=0)
+        self._most = tuple(_MAX_MESSAGES if rank == most_urgent else _BESIDE_OTHERS for rank in RANKS)
         self._selected: list[Entry] = []
         self._journalling: list[Work] = []
         self._wake = asyncio.Event()
@@ -90,12 +98,13 @@ class Committer:
     @property
     def pending(self) -> bool:
         """Whether anything waits for its commit."""
-        return bool(self._finished or self._selected or self._journalling)
+        return bool(any(self._finished) or self._selected or self._journalling)
 
     def add(self, entry: Entry) -> None:
         """Commit ``entry`` after all that was added before."""
-        entry.partition.uncommitted += 1
-        self._finished.append(entry)
+        partition = entry.partition
+        partition.uncommitted += 1
+        self._finished[partition.rank].append(entry)
         if not self._wake.is_set():
             self._wake.set()
 
@@ -164,7 +173,7 @@ class Committer:
                     continue
                 self._done(time.monotonic() - started)
             self._through.set()
-            if offsets and (self._finished or self._journalling):
+            if offsets and (any(self._finished) or self._journalling):
                 self._wake.set()
 
     def _select(self) -> tuple[list[Outgoing], list[TopicPartition]]:
@@ -196,30 +205,31 @@ class Committer:
         return messages, places if self._selected else []
 
     def _take(self, selected: list[Entry], messages: list[Outgoing], done: dict[Partition, list[int]]) -> None:
-        finished, size = self._finished, 0
-        while finished and len(messages) < _MAX_MESSAGES and size < _MAX_BYTES:
-            entry = finished.popleft()
-            partition = entry.partition
-            if not partition.owned:
-                self._settle(entry.settles, partition.rank)
-                continue
-            selected.append(entry)
-            if entry.messages:
-                messages += entry.messages
-                size += entry.bytes
-            offsets = done.get(partition)
-            if offsets is None:
-                offsets = done[partition] = []
-            if entry.offset >= 0:
-                offsets.append(entry.offset)
+        """Take what is finished, the most urgent first; where ranks are mixed, of each only so much."""
+        for finished, most in zip(self._finished, self._most, strict=True):
+            size, most = 0, len(messages) + most
+            while finished and len(messages) < most and size < _MAX_BYTES:
+                entry = finished.popleft()
+                partition = entry.partition
+                if not partition.owned:
+                    self._settle(entry.settles, partition.rank)
+                    continue
+                selected.append(entry)
+                if entry.messages:
+                    messages += entry.messages
+                    size += entry.bytes
+                offsets = done.get(partition)
+                if offsets is None:
+                    offsets = done[partition] = []
+                if entry.offset >= 0:
+                    offsets.append(entry.offset)
 
     def _add_journals(self) -> None:
         """Effects of steps that still run; those of finished ones are among their messages."""
         works, self._journalling = self._journalling, []
         for work in works:
             if work.partition.owned and (entry := self._journal(work)) is not None:
-                entry.partition.uncommitted += 1
-                self._finished.append(entry)
+                self.add(entry)
 
     def _hold_back(self, partition: Partition, cutoff: int) -> bool:
         """Put back what the finished-offset map has no room for, and what is about later events. That keeps the order
@@ -229,7 +239,7 @@ class Committer:
         if back:
             held = set(map(id, back))
             self._selected = [entry for entry in self._selected if id(entry) not in held]
-            self._finished.extendleft(reversed(back))
+            self._finished[partition.rank].extendleft(reversed(back))
         return bool(back)
 
     def _watch_room(self, partition: Partition, used: int) -> None:
@@ -246,7 +256,10 @@ class Committer:
 
     def _drop_disowned(self) -> None:
         self._selected = [entry for entry in self._selected if self._kept(entry)]
-        self._finished = deque(entry for entry in self._finished if self._kept(entry))
+        for finished in self._finished:
+            kept = [entry for entry in finished if self._kept(entry)]
+            finished.clear()
+            finished.extend(kept)
         self._journalling = [work for work in self._journalling if work.partition.owned]
 
     def _done(self, took_s: float) -> None:

@@ -196,12 +196,13 @@ class Processor:
 
     def _assemble(self, threads: ThreadPoolExecutor) -> None:
         binding = self.binding
+        ranks = {rank_of(topic) for topic in binding.topics}
         self._dispatcher = Dispatcher(
             self._handle,
             concurrency=binding.concurrency,
             idle=_lane_idle,
             failed=self._fail,
-            ranks={rank_of(topic) for topic in binding.topics},
+            ranks=ranks,
         )
         self._fetcher = Fetcher(
             consumer_settings(self._kafka, binding.group, self._slot, session_timeout_ms=self._session_timeout_ms),
@@ -221,6 +222,7 @@ class Processor:
             room=lambda partition: self._fetcher.hold((partition.topic, partition.number), held=partition.full),
             stats=self.stats,
             interval_s=self._commit_interval_s,
+            ranks=ranks,
         )
         self._lease = Lease(self._committer.add)
         self._suspects = Suspects(

@@ -65,7 +65,7 @@ class Transactions:
 
 
 class Rig:
-    def __init__(self, transactions: Transactions) -> None:
+    def __init__(self, transactions: Transactions, ranks: Sequence[int] = (1,)) -> None:
         self.transactions = transactions
         self.member: str | None = "member"
         self.settled: dict[int, int] = defaultdict(int)
@@ -84,6 +84,7 @@ class Rig:
             room=lambda partition: self.full.append((partition.number, partition.full)),
             stats=self.stats,
             interval_s=0.0,
+            ranks=ranks,
         )
 
     def _settle(self, count: int, rank: int) -> None:
@@ -107,12 +108,12 @@ class Rig:
 
 
 async def test_entries_commit_in_order_each_with_its_partitions_offset() -> None:
-    rig = Rig(Transactions())
+    rig = Rig(Transactions(), ranks=(1, 2))
     one, two = partition(0), partition(1, topic="work.low")
     for entry in (work(one, 0, b"a"), work(two, 0, b"b"), work(one, 1, b"c"), Entry(two, [message(b"d")])):
         rig.committer.add(entry)
     await rig.commit()
-    assert rig.transactions.values == [b"a", b"b", b"c", b"d"]
+    assert rig.transactions.values == [b"a", b"c", b"b", b"d"]
     ((_, offsets),) = rig.transactions.committed
     assert {(place.topic, place.partition): place.offset for place in offsets} == {
         ("work.normal", 0): 2,
@@ -270,3 +271,18 @@ async def test_a_transaction_has_bounds(bound: str) -> None:
     await rig.commit(30)
     assert len(rig.transactions.values) == count
     assert len(rig.transactions.committed) == 3
+
+
+async def test_an_urgent_result_waits_for_no_large_transaction() -> None:
+    rig = Rig(Transactions(), ranks=(0, 1, 2))
+    low, high = partition(0, topic="work.low"), partition(0, topic="work.high")
+    for offset in range(5000):
+        rig.committer.add(work(low, offset, b"low"))
+    rig.committer.add(work(high, 0, b"high"))
+    for offset in range(1, 3000):
+        rig.committer.add(work(high, offset, b"more"))
+    await rig.commit()
+    first, _ = rig.transactions.committed[0]
+    assert first[0] == b"high"
+    assert first.count(b"low") == 1000, "and the low ones go on beside"
+    assert rig.transactions.values.count(b"low") == 5000
