@@ -180,7 +180,6 @@ class Scope(StrEnum):
     INSTANCE = "instance"
     AGENT = "agent"
     EVERYBODY = "everybody"
-    TASK = "task"
 
 
 @dataclass(frozen=True, slots=True)
