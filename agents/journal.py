@@ -18,7 +18,8 @@ import orjson
 from agents.errors import EffectFailedError, NondeterminismError
 from agents.handler_loop import Delay, of_thread
 from agents.ports import Ports
-from agents.turns import Call, Turns
+from agents.turns import Turns
+from agents.world import Call
 from schemas.events import Effect, ToolCalled, ToolStarted, Waited
 from schemas.metadata import Envelope, Metadata, canonical_json, deterministic_id, request_hash
 
@@ -286,7 +287,7 @@ class Journal:
                 "HandlerTimeout", f"no result within {self._timeout_s:g} s of the attempt's first call", retryable=True
             ) from None
 
-    # What turns ask: agents.turns.World.
+    # What turns ask: agents.world.World.
 
     @property
     def seed(self) -> int:

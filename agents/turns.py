@@ -14,12 +14,13 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import copy_context
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from agents.errors import HandlerCancelledError, NondeterminismError
 from agents.handler_loop import TURNS, Delay, HandlerLoop, of_thread
+from agents.world import Call, World
 
-__all__ = ["Call", "Turns", "World", "begin"]
+__all__ = ["Turns", "begin"]
 
 _AT_ONCE: Final = 1000
 """Callbacks of one handler before others get their turn: one that only yields to itself must not hold the process."""
@@ -28,49 +29,6 @@ _CLOSING_ROUNDS: Final = 8
 
 _ending: set[asyncio.Task[None]] = set()
 """Calls that nobody waits for any more, until they have ended: an event loop itself keeps no hold of its tasks."""
-
-
-class Call:
-    """What a handler asked of the world. ``sequence`` is the recorded answer's place in the order of completion."""
-
-    __slots__ = ("future", "sequence", "task")
-
-    def __init__(self) -> None:
-        self.future: asyncio.Future[Any]
-        self.sequence: int | None = None
-        self.task: asyncio.Task[None] | None = None
-
-
-class World(Protocol):
-    """What turns need of the journal."""
-
-    replaying: bool
-
-    @property
-    def seed(self) -> int:
-        """A number that goes with the event, to tell its tasks from others'."""
-
-    async def perform(self, call: Any) -> None:
-        """Make the call; what comes of it, failures too, is kept in ``call``.
-
-        Raises:
-            BaseException: the run is to end with this.
-        """
-
-    def settle(self, call: Any) -> Any:
-        """The answer that the handler is given: the recorded one, or what came of the call, recorded now."""
-
-    def abandon(self, call: Any) -> None:
-        """Record that the handler cancelled the call before there was an answer."""
-
-    def delay_set(self, delay: Delay) -> None:
-        """Give ``delay`` its identity, and its sequence if it is recorded to have passed."""
-
-    def delay_passed(self, delay: Delay) -> None:
-        """Record that the delay passed while calls were under way: their order decides."""
-
-    def ended(self) -> None:
-        """The handler ran to its end, by its own will."""
 
 
 def begin(world: World, handler: Coroutine[Any, Any, None]) -> "Turns | None":
