@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 if TYPE_CHECKING:
@@ -225,10 +226,13 @@ def test_a_role_beside_the_system_shares_its_work(system: "SystemForTests") -> N
     process = system.start("run", "coordinator", "--json")
     assert process.stdout is not None
     ready = json.loads(process.stdout.readline())
-    assert ready == {"event": "ready", "role": "coordinator", "slot": f"{socket.gethostname()}-coordinator-0"}
     try:
+        url, slot = ready.pop("metrics"), f"{socket.gethostname()}-coordinator-0"
+        assert ready == {"event": "ready", "role": "coordinator", "slot": slot}
         for _ in range(3):
             assert as_json(system.run("ask", "--json", "What is a widget?"))["ok"]
+        assert f'agent="coordinator",instance="{slot}"' in httpx.get(f"{url}/metrics", timeout=10).text
+        assert httpx.get(f"{url}/ready", timeout=10).status_code == 200
     finally:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
