@@ -49,7 +49,6 @@ __all__ = [
     "forget",
     "judge_spending",
     "judge_window",
-    "near",
 ]
 
 WINDOW_MS: Final = 60_000
@@ -340,11 +339,17 @@ class Watch(BaseModel):
         newest = at_ms - GRACE_MS
         return self.model_copy(update={"judged_ms": max(self.judged_ms, newest - newest % STEP_MS)})
 
-    def late(self, sample: Sample, held: Iterable[Figures]) -> bool:
-        """Whether a judged window would change by it, or its instance told it, or a later one, before.
+    def unjudged(self, at_ms: int) -> list[int]:
+        """The ends of all windows that may hold something unjudged when a record of ``at_ms`` comes."""
+        first = at_ms - at_ms % STEP_MS
+        return sorted({*self.due(at_ms), *range(first, first + WINDOW_MS + STEP_MS, STEP_MS)})
 
-        ``held`` are the instance's windows that are :func:`near`. What lies further on in the log than the sample does
-        not count: after a crash they can hold records that come once more.
+    def late(self, sample: Sample, held: Iterable[Figures]) -> bool:
+        """Whether a judged window would change by it, or its instance told it, or a later one, before. Such a record
+        does not tell the time either: nothing is due by it.
+
+        ``held`` are the instance's windows that are :meth:`unjudged`. What lies further on in the log than the sample
+        does not count: after a crash they can hold records that come once more.
         """
         if sample.at_ms < self.judged_ms or sample.told_us <= self.told_us.get(sample.stats.instance, 0):
             return True
@@ -446,12 +451,6 @@ def forget(watch: Watch, at_ms: int) -> list[Alert] | None:
             rule, _, source = key.partition(" ")
             cleared.append(Alert(AlertCleared(source=source, alert_id=standing.alert_id, rule=rule), when))
     return cleared
-
-
-def near(at_ms: int) -> range:
-    """The ends of all windows that may hold something unjudged when a record of ``at_ms`` comes."""
-    first = at_ms - at_ms % STEP_MS
-    return range(first, first + WINDOW_MS + STEP_MS, STEP_MS)
 
 
 class Spending(BaseModel):

@@ -53,7 +53,6 @@ from streams.alerting import (
     forget,
     judge_spending,
     judge_window,
-    near,
 )
 from streams.directory import (
     DIRECTORY_TOPIC,
@@ -352,12 +351,13 @@ async def judge(stream: Any) -> None:
         if watch is None:
             watch = Watch.beginning(at_ms)
             await _put(watches, stats.agent, watch)
+        held = [windows.table[stats.source, _span(end_ms)] for end_ms in watch.unjudged(at_ms)]
+        if watch.late(sample, held):
+            continue
         if watch.reach(at_ms).judged_ms > watch.judged_ms:
-            watch = await _judge_due(stats.agent, watch, at_ms)
+            await _judge_due(stats.agent, watch, at_ms)
             await _forget_silent(at_ms)
-        held = [windows.table[stats.source, _span(end_ms)] for end_ms in near(at_ms)]
-        if not watch.late(sample, held):
-            windows[stats.source] += sample
+        windows[stats.source] += sample
 
 
 def _span(end_ms: int) -> tuple[float, float]:
@@ -365,7 +365,7 @@ def _span(end_ms: int) -> tuple[float, float]:
     return WindowRange_from_start((end_ms - WINDOW_MS) / 1000, WINDOW_MS / 1000)
 
 
-async def _judge_due(agent: str, watch: Watch, at_ms: int) -> Watch:
+async def _judge_due(agent: str, watch: Watch, at_ms: int) -> None:
     # What windows hold must be in their changelog before the watch says that later records of their time are late.
     # Messages are handed over in the order of the calls: when this one is through, the others can be waited for.
     await _put(watches, agent, watch)
@@ -392,7 +392,6 @@ async def _judge_due(agent: str, watch: Watch, at_ms: int) -> Watch:
         if round(span[0] * 1000) + WINDOW_MS <= watch.judged_ms:
             for instance in sources:
                 del windows.table[f"{agent}/{instance}", span]
-    return watch
 
 
 async def _say_degraded(

@@ -18,7 +18,6 @@ from streams.alerting import (
     forget,
     judge_spending,
     judge_window,
-    near,
 )
 
 START_MS = 1_767_225_600_000
@@ -37,6 +36,9 @@ class AlertLog:
     def take(self, sample: Sample) -> None:
         agent, instance = sample.stats.agent, sample.stats.instance
         watch = self.watches.get(agent) or Watch.beginning(sample.at_ms)
+        held = [self.windows.get((agent, instance, end_ms), Figures()) for end_ms in watch.unjudged(sample.at_ms)]
+        if watch.late(sample, held):
+            return
         for end_ms in watch.due(sample.at_ms):
             watch, alerts = judge_window(watch, agent, end_ms, self._figures(agent, end_ms), self.thresholds)
             self.alerts += alerts
@@ -49,12 +51,10 @@ class AlertLog:
         self.windows = {key: each for key, each in self.windows.items() if key[0] != agent or key[2] > watch.judged_ms}
         if reached:
             self._forget(sample.at_ms)
-        held = [self.windows.get((agent, instance, end_ms), Figures()) for end_ms in near(sample.at_ms)]
-        if not watch.late(sample, held):
-            first = sample.at_ms - sample.at_ms % STEP_MS + STEP_MS
-            for end_ms in range(first, first + WINDOW_MS, STEP_MS):
-                key = agent, instance, end_ms
-                self.windows[key] = self.windows.get(key, Figures()) + sample
+        first = sample.at_ms - sample.at_ms % STEP_MS + STEP_MS
+        for end_ms in range(first, first + WINDOW_MS, STEP_MS):
+            key = agent, instance, end_ms
+            self.windows[key] = self.windows.get(key, Figures()) + sample
 
     def _figures(self, agent: str, end_ms: int) -> dict[str, Figures]:
         return {key[1]: each for key, each in self.windows.items() if key[0] == agent and key[2] == end_ms}
