@@ -128,6 +128,8 @@ app = faust.App(
     broker_session_timeout=10.0,
     broker_heartbeat_interval=2.5,
     broker_commit_interval=1.0,
+    # A stop waits for no record that is not done: it comes again.
+    stream_wait_empty=False,
     # The default waits for other workers to join, which are few.
     stream_recovery_delay=0.0,
 )
@@ -316,10 +318,10 @@ async def _raise(alerts: list[Alert]) -> None:
         log.info("%s %s: %s", type(alert.event).__name__, alert.event.rule, alert.event.source)
 
 
-async def _put(table: Any, key: str, value: BaseModel) -> None:
+async def _put(table: Any, key: str, value: BaseModel, partition: int = 0) -> None:
     """Set a key, and wait until its changelog has it."""
     table.data[key] = value
-    await table.send_changelog(0, key, value)
+    await table.send_changelog(partition, key, value)
 
 
 def _or_die(work: Any) -> Any:
@@ -340,10 +342,19 @@ def _or_die(work: Any) -> Any:
 @app.agent(telemetry, concurrency=1)
 @_or_die
 async def judge(stream: Any) -> None:
-    """Take figures into their windows, and judge the windows that are complete."""
-    async for message, envelope in _events(stream):
-        stats = envelope.event
-        if not isinstance(stats, ProcessorStats):
+    """Take figures into their windows, and judge the windows that are complete.
+
+    A record counts as done when what it changed is surely in the changelog, which is known when a window is judged.
+    Faust by itself commits offsets while changes still wait in its buffer.
+    """
+    stream.enable_acks = False
+    taken: list[Any] = []
+    async for event in stream.events():
+        message = event.message
+        taken.append(event)
+        envelope = _decode(message)
+        stats = None if envelope is None else envelope.event
+        if envelope is None or not isinstance(stats, ProcessorStats):
             continue
         at_ms = round(message.timestamp * 1000)
         sample = Sample(stats, at_ms, message.offset, round(envelope.metadata.time.timestamp() * 1_000_000))
@@ -357,6 +368,9 @@ async def judge(stream: Any) -> None:
         if watch.reach(at_ms).judged_ms > watch.judged_ms:
             await _judge_due(stats.agent, watch, at_ms)
             await _forget_silent(at_ms)
+            for each in taken[:-1]:
+                await stream.ack(each)
+            taken = [event]
         windows[stats.source] += sample
 
 
@@ -429,7 +443,7 @@ async def compare(stream: Any) -> None:
             continue
         known = ended.get(event.task_id)
         if known is None:
-            _remember(
+            await _remember(
                 event.task_id,
                 Outcome(
                     id=envelope.metadata.id,
@@ -449,13 +463,13 @@ async def compare(stream: Any) -> None:
             await _raise([alert])
 
 
-def _remember(task_id: str, outcome: Outcome) -> None:
+async def _remember(task_id: str, outcome: Outcome) -> None:
     recent = state.recent.get(outcome.partition)
     if recent is None:
         mine = ((each.offset, key) for key, each in ended.items() if each.partition == outcome.partition)
         recent = state.recent[outcome.partition] = deque(key for _, key in sorted(mine))
     recent.append(task_id)
-    ended[task_id] = outcome
+    await _put(ended, task_id, outcome, outcome.partition)
     while len(recent) > _REMEMBERED_OUTCOMES:
         del ended[recent.popleft()]
 
@@ -478,7 +492,7 @@ async def attend(stream: Any) -> None:
         known = presences.get(place)
         after = presence_after(known, event, source=envelope.metadata.source, at_ms=at_ms)
         if after is not None and after is not known:
-            presences[place] = after
+            await _put(presences, place, after)
         for other, each in list(presences.items()):
             if at_ms - each.seen_ms > FORGOTTEN_AFTER_MS:
                 del presences[other]
@@ -486,7 +500,8 @@ async def attend(stream: Any) -> None:
                 verdict = AgentHeartbeat(name=each.agent, instance=each.instance, health=Health.GONE)
                 event_id = deterministic_id("verdict", each.agent, each.instance, Health.GONE.value, each.seen_ms)
                 await _send(verdict, event_id, datetime.fromtimestamp(at_ms / 1000, UTC))
-                presences[other] = each.model_copy(update={"verdict": Health.GONE, "verdict_ms": at_ms})
+                said = {"verdict": Health.GONE, "verdict_ms": at_ms}
+                await _put(presences, other, each.model_copy(update=said))
 
 
 @app.timer(HEARTBEAT_S)  # type: ignore[untyped-decorator]
