@@ -7,7 +7,8 @@ is counted: an owner's marker in the changelog, tombstoned when the partition is
 Of the events that were running at one death few run at once, the square root of their number; those that were running
 at two run one at a time. So what is counted again is the culprit, and not who ran beside it, and thousands of slow
 calls that a dead process had under way don't wait for each other. With ``max_crashes`` counted runs and the first,
-uncounted one, a process dies once more often.
+uncounted one, a process dies once more often. A run that ended, though its event waits for another attempt or another
+owner, is taken back: no process died of it.
 """
 
 import asyncio
@@ -91,9 +92,24 @@ class Suspects:
             if not through.done():
                 through.set_result(None)
 
-        partition.runs[work.order] = runs
-        message = (partition.changelog, run_key(work.order), run_value(runs), None, partition.number)
+        self._count(work, runs, committed)
+        try:
+            await through
+            trial.began = loop.time()
+            wait_s = await self._handling.handle(work)
+        except asyncio.CancelledError:
+            if partition.owned:
+                self._count(work, runs - 1)
+            raise
+        if wait_s is not None:
+            self._count(work, runs - 1)
+        return wait_s
+
+    def _count(self, work: Work, runs: int, committed: Callable[[], None] | None = None) -> None:
+        partition = work.partition
+        if runs:
+            partition.runs[work.order] = runs
+        else:
+            partition.runs.pop(work.order, None)
+        message = (partition.changelog, run_key(work.order), run_value(runs) if runs else None, None, partition.number)
         self._add(Entry(partition, [message], order=work.order, committed=committed))
-        await through
-        trial.began = loop.time()
-        return await self._handling.handle(work)
