@@ -157,7 +157,7 @@ class Dispatcher(Generic[ItemT]):
         self._concurrency, self._most_below_high, self._most_low = shares(concurrency, ranks)
         self._loop = asyncio.get_running_loop()
         self._ready: tuple[deque[Lane[ItemT]], ...] = (deque(), deque(), deque())
-        self._pumping = False
+        self._pumping = self._closed = False
         self._taken = [0, 0, 0]
         self._turns = Turns()
         self.workers: set[Worker[ItemT]] = set()
@@ -207,9 +207,7 @@ class Dispatcher(Generic[ItemT]):
 
     def close(self) -> None:
         """Start nothing any more, and cancel what runs; it has ended a few turns of the loop later."""
-        self._pumping = True  # so that nobody else begins to
-        for queue in self._ready:
-            queue.clear()
+        self._closed = True
         for worker in self.workers:
             if worker.task is not None:
                 worker.task.cancel()
@@ -222,6 +220,8 @@ class Dispatcher(Generic[ItemT]):
     def _pump(self) -> None:
         """See to it that somebody takes the next ready lane; a worker that waits in its handler can't."""
         self._pumping = False
+        if self._closed:
+            return
         if len(self.workers) < self._concurrency and (self._ready[HIGH] or any(self._may_take(-1))):
             worker: Worker[ItemT] = Worker()
             self.workers.add(worker)
@@ -257,7 +257,7 @@ class Dispatcher(Generic[ItemT]):
         queue = first = second = deque[Lane[ItemT]]()
         left = _BURST
         try:
-            while True:
+            while not self._closed:
                 # Mostly one rank alone is ready, and the worker has a place of it: then there is nothing to choose.
                 if first or second or not queue:
                     rank = self._choose(worker)

@@ -262,6 +262,7 @@ class Processor:
         self._fetcher.stop()
         # Closing the consumer calls `revoked`, which commits what is finished.
         await asyncio.wait([self._fetcher.finished])
+        self._dispatcher.close()
         await self._dispatcher.cancel(lambda _: True, _CANCEL_S)
         self._firing.stop()
 

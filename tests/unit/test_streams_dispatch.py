@@ -475,3 +475,38 @@ async def test_cancel_waits_no_longer_than_told() -> None:
     assert harness.running == 1
     release.set()
     await harness.until(1)
+
+
+async def test_nothing_begins_once_it_is_closed() -> None:
+    began: list[Item] = []
+
+    async def wait(item: Item) -> None:
+        began.append(item)
+        await asyncio.sleep(60)
+
+    harness = Harness(wait, concurrency=2)
+    for lane in "abcd":
+        harness.submit(lane, 0)
+        harness.submit(lane, 1)
+    await harness.at_rest()
+    assert began == [("a", 0), ("b", 0)]
+    harness.submit("e", 0)  # so that a turn is under way in which another worker would begin
+    harness.dispatcher.close()
+    harness.submit("f", 0)
+    await harness.dispatcher.cancel(lambda _: True, 5)
+    await harness.at_rest()
+    assert len(began) == 2
+    assert not harness.dispatcher.workers
+    assert not harness.errors
+
+
+async def test_a_worker_that_never_waits_stops_when_it_is_closed() -> None:
+    def handle(item: Item) -> None:
+        if item[1] == 2:
+            harness.dispatcher.close()
+
+    harness = Harness(handle, concurrency=2)
+    for number in range(5):
+        harness.submit("a", number)
+    await harness.at_rest()
+    assert harness.seen["a"] == [0, 1, 2]
