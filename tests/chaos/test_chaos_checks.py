@@ -9,6 +9,7 @@ from tests.chaos.harness.checks import (
     Call,
     ChaosError,
     EffectSeen,
+    Fired,
     Input,
     Output,
     Verdict,
@@ -16,6 +17,7 @@ from tests.chaos.harness.checks import (
     check_letters,
     check_outputs,
     check_rows,
+    check_timers,
 )
 from tests.chaos.harness.log import Committed
 from tests.chaos.harness.plan import Kind, kinds_for, make_plan
@@ -52,8 +54,67 @@ def test_harm_to_outputs_is_found(outputs: list[Output], found: dict[str, int]) 
     assert broken(outputs) == found
 
 
-def effect(question: str, appended_ms: int = 100, *, failed: bool = False) -> EffectSeen:
-    return EffectSeen(("LlmCalled", "", question, 0), question, failed, appended_ms)
+TIMERS = {f"k/{n}": 1000 + n for n in range(3)}
+FIRED = [Fired(f"id-{n}", f"k/{n}", str((1000 + n) * 1000 + 7), 2000 + n) for n in range(3)]
+RUNG = [Output("k", each.step_id, each.due) for each in FIRED]
+
+
+def broken_timers(fired: list[Fired], answers: list[Output], *pending: str) -> dict[str, int]:
+    verdict = Verdict()
+    check_timers(verdict, TIMERS, fired, answers, pending=set(pending))
+    assert verdict.timers == len(fired)
+    return verdict.bad
+
+
+def test_timers_that_fired_once_pass_and_some_may_be_pending_under_way() -> None:
+    assert broken_timers(FIRED, RUNG) == {}
+    assert broken_timers(FIRED[:1], RUNG[:1], "k/1", "k/2") == {}
+    assert broken_timers([replace(FIRED[0], done=False)], [], "k/1", "k/2") == {}
+
+
+def test_harm_to_timers_in_the_changelog_is_found() -> None:
+    assert broken_timers(FIRED[:2], RUNG[:2]) == {"timers_lost": 1}
+    assert broken_timers(FIRED, RUNG, "k/0") == {"timers_doubled": 1}
+    assert broken_timers(FIRED, RUNG, "k/9") == {"timers_stray": 1}
+
+
+@pytest.mark.parametrize(
+    ("fired", "answers", "found"),
+    [
+        (FIRED, RUNG[1:], {"timers_lost": 1}),
+        ([*FIRED, replace(FIRED[0], event_id="other")], RUNG, {"timers_doubled": 1}),
+        ([*FIRED, FIRED[0]], [*RUNG, RUNG[0]], {"timers_doubled": 3}),
+        ([*FIRED[:2], replace(FIRED[2], event_id="id-0")], RUNG, {"timers_doubled": 1}),
+        (FIRED, [*RUNG, RUNG[0]], {"timers_doubled": 1}),
+        (FIRED, [*RUNG[:2], replace(RUNG[2], answer="1")], {"timers_stray": 1}),
+        ([*FIRED, replace(FIRED[0], event_id="id-9", step_id="k/9", done=False)], RUNG, {"timers_stray": 1}),
+        ([replace(FIRED[0], done=False), *FIRED[1:]], RUNG, {"timers_stray": 1}),
+        ([replace(FIRED[0], appended_ms=999), *FIRED[1:]], RUNG, {"timers_early": 1}),
+        (
+            [replace(FIRED[0], due="999999"), *FIRED[1:]],
+            [replace(RUNG[0], answer="999999"), *RUNG[1:]],
+            {"timers_early": 1},
+        ),
+    ],
+    ids=[
+        "no answer",
+        "fired twice",
+        "fired and answered twice",
+        "one id for two",
+        "answered twice",
+        "another's answer",
+        "set by nobody",
+        "answered too soon",
+        "before its time",
+        "for too early a time",
+    ],
+)
+def test_harm_to_timers_is_found(fired: list[Fired], answers: list[Output], found: dict[str, int]) -> None:
+    assert broken_timers(fired, answers) == found
+
+
+def effect(question: str, appended_ms: int = 100, *, error: str = "") -> EffectSeen:
+    return EffectSeen(("LlmCalled", "", question, 0), question, error, appended_ms)
 
 
 def call(question: str, at_ms: float, key: str = "") -> Call:
@@ -66,13 +127,36 @@ def call(question: str, at_ms: float, key: str = "") -> Call:
         ([call("a", 50), call("b", 60)], [effect("a"), effect("b")], {}),
         ([call("a", 40), call("a", 99), call("b", 60)], [effect("a"), effect("b")], {}),
         ([call("a", 50), call("a", 150), call("b", 60)], [effect("a"), effect("b")], {"effects_repeated": 1}),
-        ([call("a", 50), call("b", 60)], [effect("a"), effect("a", 110), effect("b")], {"effects_doubled": 1}),
+        (
+            [call("a", 50), call("b", 60)],
+            [effect("a"), effect("a", 110), effect("b")],
+            {"effects_doubled": 1, "effects_invented": 1},
+        ),
         ([call("a", 50), call("b", 60)], [effect("a")], {"effects_missing": 1}),
-        ([call("a", 50), call("b", 60)], [effect("a"), effect("b", failed=True)], {"effects_missing": 1}),
+        ([call("a", 50), call("b", 60)], [effect("a"), effect("b", error="Busy")], {"effects_missing": 1}),
+        (
+            [call("a", 50), call("b", 60)],
+            [effect("a"), effect("b"), effect("b", error="Busy")],
+            {"effects_invented": 1},
+        ),
+        ([call("a", 50), call("b", 60)], [effect("a"), effect("b"), effect("b", error="CancelledError")], {}),
+        ([call("a", 50)], [effect("a"), effect("b")], {"effects_invented": 1}),
         ([call("a", 50), call("a", 60, "other"), call("b", 60)], [effect("a"), effect("b")], {"keys_unstable": 1}),
         ([call("a", 50, "same"), call("b", 60, "same")], [effect("a"), effect("b")], {"keys_unstable": 1}),
     ],
-    ids=["well", "again before", "again after", "two results", "no result", "only a failure", "two keys", "one key"],
+    ids=[
+        "well",
+        "again before",
+        "again after",
+        "two results",
+        "no result",
+        "only a failure",
+        "a failure of no call",
+        "given up",
+        "a result of no call",
+        "two keys",
+        "one key",
+    ],
 )
 def test_harm_to_effects_is_found(calls: list[Call], effects: list[EffectSeen], found: dict[str, int]) -> None:
     verdict = Verdict()
@@ -82,10 +166,10 @@ def test_harm_to_effects_is_found(calls: list[Call], effects: list[EffectSeen], 
 
 def test_an_effect_that_failed_may_be_made_again() -> None:
     verdict = Verdict()
-    calls = [call("a", 50), call("a", 150)]
-    check_effects(verdict, calls, [effect("a", 100, failed=True), effect("a", 200)], ["a"], stable_keys=True)
+    calls = [call("a", 50), call("a", 150), call("a", 160)]
+    check_effects(verdict, calls, [effect("a", 100, error="Busy"), effect("a", 200)], ["a"], stable_keys=True)
     assert verdict.bad == {}
-    assert verdict.calls_again == 1
+    assert (verdict.effects_failed, verdict.calls_again) == (1, 1)
 
 
 def test_letters_astray_and_missing_are_found() -> None:

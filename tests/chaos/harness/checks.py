@@ -1,18 +1,33 @@
 """What must hold, whatever went wrong: pure checks over what was read from the log, the calls file and the sink.
 
-In: inputs, outputs, effects, dead letters, calls and rows as plain values. Out: a :class:`Verdict` that counts what is
-wrong and shows the first of it. The invariants are those that Kafka's own EosTestDriver checks on Kafka Streams (each
-partition's output equals what its input prefix implies, record by record; running sums a key; no transaction left
-open), and for effects: none is made again once its result is committed.
+In: inputs, outputs, timers, effects, dead letters, calls and rows as plain values. Out: a :class:`Verdict` that counts
+what is wrong and shows the first of it. The invariants are those that Kafka's own EosTestDriver checks on Kafka Streams
+(each partition's output equals what its input prefix implies, record by record; running sums a key; no transaction left
+open), for effects: none is made again once its result is committed, and for timers: each fires once, and not too early.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["Call", "ChaosError", "EffectSeen", "Input", "Output", "Verdict", "check_effects", "check_outputs"]
+__all__ = [
+    "Call",
+    "ChaosError",
+    "EffectSeen",
+    "Fired",
+    "Input",
+    "Output",
+    "Verdict",
+    "check_effects",
+    "check_letters",
+    "check_outputs",
+    "check_rows",
+    "check_timers",
+]
 
+GIVEN_UP: Final = "CancelledError"
+"""The error of an effect that its handler did not wait for any longer."""
 _SHOWN: Final = 12
 
 
@@ -41,6 +56,19 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Fired:
+    """A TimerFired in the log: its event's id, the step that set it, when it was due (microseconds since the epoch, as
+    its answer says it), when it was appended, and whether its offset is done.
+    """
+
+    event_id: str
+    step_id: str
+    due: str
+    appended_ms: int
+    done: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A real call to the outside world: when it began (ms since the epoch), by what process, for what."""
 
@@ -52,11 +80,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class EffectSeen:
-    """A committed effect: its identity, what it asked, whether it failed, and when it was appended to the log."""
+    """A committed effect: its identity, what it asked, why it failed (empty for a success), when it was appended."""
 
     identity: tuple[str, str, str, int]
     question: str
-    failed: bool
+    error: str
     appended_ms: int
 
 
@@ -68,13 +96,21 @@ class Verdict:
     lost: int = 0
     doubled: int = 0
     wrong: int = 0
+    timers: int = 0
+    timers_lost: int = 0
+    timers_doubled: int = 0
+    timers_early: int = 0
+    timers_stray: int = 0
+    parked: int = 0
     effects: int = 0
+    effects_failed: int = 0
     effects_doubled: int = 0
     effects_repeated: int = 0
     effects_missing: int = 0
+    effects_invented: int = 0
     calls: int = 0
     calls_again: int = 0
-    """Calls whose identity had been called before: a crash came before their result was committed."""
+    """Calls that left nothing, neither result nor failure: a crash came before it was committed."""
     keys_unstable: int = 0
     stray_letters: int = 0
     missing_letters: int = 0
@@ -84,7 +120,8 @@ class Verdict:
     findings: list[str] = field(default_factory=list)
 
     _BAD = (
-        *("lost", "doubled", "wrong", "effects_doubled", "effects_repeated", "effects_missing", "keys_unstable"),
+        *("lost", "doubled", "wrong", "timers_lost", "timers_doubled", "timers_early", "timers_stray"),
+        *("effects_doubled", "effects_repeated", "effects_missing", "effects_invented", "keys_unstable"),
         *("stray_letters", "missing_letters", "rows_lost", "rows_doubled"),
     )
 
@@ -147,6 +184,46 @@ def _compare(verdict: Verdict, wanted: Sequence[Input], seen: Sequence[Output]) 
         verdict.add("wrong", [f"order of {order[0].rpartition('/')[0]}: {came[:6]}..., not {order[:6]}..."])
 
 
+def check_timers(
+    verdict: Verdict,
+    wanted: Mapping[str, int],
+    fired: Sequence[Fired],
+    answers: Iterable[Output],
+    *,
+    pending: Set[str],
+) -> None:
+    """Each timer of ``wanted`` (by step: the earliest moment in ms since the epoch that it may be due) has fired once
+    or is still ``pending``, and what fired and is done has one answer.
+    """
+    verdict.timers += len(fired)
+    counts = Counter(each.step_id for each in fired)
+    verdict.add("timers_doubled", (f"{step} fired {count} times" for step, count in counts.items() if count > 1))
+    ids = Counter(each.event_id for each in fired)
+    verdict.add("timers_doubled", (f"id {event_id} stands {n} times" for event_id, n in ids.items() if n > 1))
+    verdict.add("timers_stray", (f"{step} set no timer" for step in counts if step not in wanted))
+    verdict.add("timers_stray", (f"{step} is pending, but was not set" for step in pending - wanted.keys()))
+    verdict.add("timers_doubled", (f"{step} fired and is pending" for step in pending & counts.keys()))
+    verdict.add("timers_lost", (f"{step}'s is gone" for step in wanted.keys() - counts.keys() - pending))
+    verdict.add(
+        "timers_early",
+        (
+            f"{each.step_id}, due at {each.due}, came at {each.appended_ms}; set for {wanted.get(each.step_id)}"
+            for each in fired
+            if not wanted.get(each.step_id, 0) <= int(each.due) / 1000 < each.appended_ms + 1
+        ),
+    )
+    rung = {each.step_id: each.due for each in fired if each.done}
+    said: dict[str, list[str]] = defaultdict(list)
+    for answer in answers:
+        said[answer.step_id].append(answer.answer)
+    verdict.add("timers_lost", (f"{step}'s led to nothing" for step in rung if step not in said))
+    for step, each in said.items():
+        if rung.get(step) not in each:
+            verdict.add("timers_stray", [f"{step}'s answer {each} is not that of {rung.get(step)}"])
+        if len(each) > 1:
+            verdict.add("timers_doubled", [f"{step}'s led to {each}"])
+
+
 def check_effects(
     verdict: Verdict, calls: Sequence[Call], effects: Sequence[EffectSeen], wanted: Iterable[str], *, stable_keys: bool
 ) -> None:
@@ -154,21 +231,34 @@ def check_effects(
 
     An effect's append is earlier than its commit, so the check is stricter than the promise by a few milliseconds;
     but nobody else may run an event whose owner can still commit. With ``stable_keys`` each question is always asked
-    under the same idempotency key, and under one of its own.
+    under the same idempotency key, and under one of its own. No effect tells of a call that nobody made; one that its
+    handler gave up may not have begun.
     """
     successes: dict[str, list[EffectSeen]] = defaultdict(list)
+    told: Counter[str] = Counter()
     for effect in effects:
-        if not effect.failed:
+        if not effect.error:
             successes[effect.question].append(effect)
+        if effect.error != GIVEN_UP:
+            told[effect.question] += 1
     verdict.effects += len(effects)
+    verdict.effects_failed += sum(1 for effect in effects if effect.error)
     verdict.calls += len(calls)
     verdict.add(
         "effects_doubled",
         (f"{question} has {len(each)} committed results" for question, each in successes.items() if len(each) > 1),
     )
     verdict.add("effects_missing", (question for question in set(wanted) if question not in successes))
-    again = Counter(call.question for call in calls)
-    verdict.calls_again += sum(again.values()) - len(again)
+    made = Counter(call.question for call in calls)
+    verdict.calls_again += sum(max(0, count - told[question]) for question, count in made.items())
+    verdict.add(
+        "effects_invented",
+        (
+            f"{question}: {count} effects, {made[question]} calls"
+            for question, count in told.items()
+            if count > made[question]
+        ),
+    )
     verdict.add(
         "effects_repeated",
         (

@@ -17,6 +17,7 @@ from schemas.codec import Codec
 from schemas.events import StepAssigned
 from schemas.metadata import Metadata, deterministic_id
 from streams.kafka import producer_settings
+from tests.chaos.harness.agents import TIMER
 from tests.chaos.harness.worker import CALLS_TOPIC, SUMS_TOPIC
 
 __all__ = ["Feeder"]
@@ -24,6 +25,8 @@ __all__ = ["Feeder"]
 Place = tuple[str, int]
 
 _FAILING: Final = 0.005
+_TIMERS: Final = 0.015
+_TIMER_MS: Final = (100, 800)
 _SUM_TASKS: Final = 2000
 _CALL_TASKS: Final = 5000
 _TICK_S: Final = 0.02
@@ -127,6 +130,8 @@ class Feeder:
         else:
             topic, task = SUMS_TOPIC, f"s{rng.randrange(_SUM_TASKS)}"
             parameters = {"number": str(rng.randrange(-50, 1000))}
+        if rng.random() < _TIMERS:
+            parameters[TIMER] = str(rng.randrange(*_TIMER_MS))
         event = StepAssigned(
             task_id=task, step_id=f"{task}/{number}", capability="research", objective="chaos", parameters=parameters
         )

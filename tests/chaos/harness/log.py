@@ -5,7 +5,7 @@ what never comes to an end is itself a finding.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Producer, TopicPartition
@@ -113,8 +113,8 @@ class LogView:
             heir = Producer({**self._config, **_QUIET, "transactional.id": transactional_id, "retry.backoff.ms": 1})
             heir.init_transactions(60)
 
-    def read(self, topic: str, timeout_s: float = 120.0) -> Iterator[Record]:
-        """Every committed record of ``topic``, partitions in turn as they come.
+    def read(self, topic: str, timeout_s: float = 120.0, *, since: Mapping[int, int] | None = None) -> Iterator[Record]:
+        """Every committed record of ``topic``, partitions in turn as they come; ``since`` gives offsets to begin at.
 
         Raises:
             ChaosError: it did not come to its end in time.
@@ -123,7 +123,7 @@ class LogView:
         consumer = Consumer({**reader_settings(self._config, "chaos-reader"), **_QUIET})
         try:
             waiting = set(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
-            consumer.assign([TopicPartition(topic, number, 0) for number in waiting])
+            consumer.assign([TopicPartition(topic, number, (since or {}).get(number, 0)) for number in waiting])
             while waiting:
                 if time.monotonic() > deadline:
                     raise ChaosError(f"{topic}, partitions {sorted(waiting)}: no end after {timeout_s:g} s")

@@ -61,6 +61,14 @@ class Observer:
         """How many offsets are committed as done, over all partitions."""
         return sum(committed.count() for committed in list(self._latest.values()))
 
+    def lag(self, ends: Mapping[Place, int]) -> int:
+        """How many offsets up to the partitions' last ones, ``ends``, are not done."""
+        lag = 0
+        for place, last in list(ends.items()):
+            done = self._latest.get(place)
+            lag += max(0, last + 1 - (0 if done is None else done.count()))
+        return lag
+
     def behind(self, ends: Mapping[Place, int]) -> int:
         """How many of the partitions, whose last offsets are ``ends``, are not done to that."""
         return sum(

@@ -221,7 +221,7 @@ class Run:
                     each.wait = self._until(next(each.script))
                 except StopIteration:
                     self._running.remove(each)
-        self._feeder.hold(self._feeder.fed - self._observer.done() > _BACKLOG)
+        self._feeder.hold(self._observer.lag(self._feeder.places) > _BACKLOG)
         _ = self._feeder.through  # raises when the feeder failed
         time.sleep(_TICK_S)
 
@@ -261,10 +261,12 @@ class Run:
         self._wait(lambda: self._feeder.through, options.quiet_s, "the delivery of all events")
         self._note("all is fed and all faults are over")
         self._wait(
-            lambda: self._observer.behind(self._feeder.places) == 0 and self._verifier.nothing_parked(),
+            lambda: self._observer.behind(self._feeder.places) == 0 and self._verifier.nothing_pending(),
             options.quiet_s,
             "the end of all work",
         )
+        ends = self._verifier.ends(self._feeder.places)
+        self._wait(lambda: self._observer.behind(ends) == 0, options.quiet_s, "the end of what timers led to")
         self._wait(lambda: self._children.zombies == 0, 60, "the end of the workers that were replaced")
         for name in [name for name in self._children.living if name.startswith("worker-")]:
             self._wait(lambda: self._children.ready(name), 60, f"the start of {name}")  # noqa: B023 - used at once

@@ -6,8 +6,7 @@ The truth is what the input topics hold; what the feeder meant to send plays no 
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +16,13 @@ import pyarrow.parquet as pq
 
 from agents.journal import identity_of
 from schemas.codec import Codec
-from schemas.events import DeadLettered, LlmCalled, StepAssigned, StepCompleted, StepFailed
+from schemas.events import DeadLettered, LlmCalled, StepAssigned, StepCompleted, StepFailed, TimerFired
 from schemas.record import Record
-from streams.state import changelog_topic
-from tests.chaos.harness.agents import CALLER, SUMMER, answer_of
+from tests.chaos.harness.agents import CALLER, SUMMER, TIMER, answer_of, due_text
 from tests.chaos.harness.checks import (
     Call,
     EffectSeen,
+    Fired,
     Input,
     Output,
     Verdict,
@@ -31,8 +30,10 @@ from tests.chaos.harness.checks import (
     check_letters,
     check_outputs,
     check_rows,
+    check_timers,
 )
 from tests.chaos.harness.log import Committed, LogView, Place
+from tests.chaos.harness.pending import Pending
 from tests.chaos.harness.worker import CALLS_TOPIC, SUMS_TOPIC
 
 __all__ = ["Verifier"]
@@ -41,8 +42,7 @@ _OUTPUT: Final = "work.results.normal"
 _FAILURES: Final = "tasks.lifecycle.normal"
 _EFFECTS: Final = "effects"
 _LETTERS: Final = "dead-letters"
-_PARKED: Final = b"parked/"
-_PARKED_EVERY_S: Final = 1.0
+_PENDING_EVERY_S: Final = 1.0
 
 
 class Verifier:
@@ -54,6 +54,7 @@ class Verifier:
         self._groups = groups
         self._places = places
         self._codec = Codec()
+        self._pending = Pending(view, groups, (SUMS_TOPIC, CALLS_TOPIC))
         self._looked = 0.0
 
     def verify(self, verdict: Verdict, *, sink_topics: Sequence[str], export: str) -> None:
@@ -70,76 +71,91 @@ class Verifier:
             done.update((place, each) for place, each in committed.items() if each.count())
         self._verify(verdict, done)
 
-    def nothing_parked(self) -> bool:
-        """Whether no event waits for another attempt. Looks at most once a second; False in between."""
-        if time.monotonic() - self._looked < _PARKED_EVERY_S:
+    def nothing_pending(self) -> bool:
+        """Whether no event is parked and no timer set. Looks at most once a second; False in between."""
+        if time.monotonic() - self._looked < _PENDING_EVERY_S:
             return False
+        self._pending.look()
         self._looked = time.monotonic()
-        return not any(self._parked().values())
+        return self._pending.nothing
 
-    def _parked(self) -> dict[Place, set[int]]:
-        """The offsets of each partition whose events are parked in its changelog: committed, but not done."""
-        topics = self._view.topics()
-        parked: dict[Place, set[int]] = defaultdict(set)
-        for group in self._groups:
-            for topic in (SUMS_TOPIC, CALLS_TOPIC):
-                changelog = changelog_topic(group, topic)
-                for record in self._view.read(changelog) if changelog in topics else ():
-                    if record.key is not None and record.key.startswith(_PARKED):
-                        offset = int(record.key.removeprefix(_PARKED))
-                        place = topic, record.partition
-                        parked[place].discard(offset) if record.value is None else parked[place].add(offset)
-        return parked
+    def ends(self, since: Mapping[Place, int]) -> dict[Place, int]:
+        """The last record's offset of each input partition, ``since`` being offsets that are known: timers fire into
+        them after the last event was fed.
+        """
+        found = dict(since)
+        for topic in (SUMS_TOPIC, CALLS_TOPIC):
+            known = {number: last for (name, number), last in since.items() if name == topic}
+            for record in self._view.read(topic, since=known):
+                found[topic, record.partition] = record.offset
+        return found
 
     def _verify(self, verdict: Verdict, done: dict[Place, Committed] | None) -> None:
-        inputs = list(self._finished(self._inputs(SUMS_TOPIC), SUMS_TOPIC, done))
+        self._pending.look()
+        verdict.parked = self._pending.parkings
         sums: dict[str, int] = defaultdict(int)
-        expected: list[Input] = []
-        for place, event in inputs:
-            sums[event.task_id] += int(event.parameters["number"])
-            expected.append(replace(place, answer=str(sums[event.task_id])))
-        calls = list(self._finished(self._inputs(CALLS_TOPIC), CALLS_TOPIC, done))
         counts: dict[str, int] = defaultdict(int)
+        expected: list[Input] = []
+        timers: dict[str, int] = {}
+        fired: list[Fired] = []
         failing, questions = [], []
-        for place, event in calls:
-            questions += [f"{event.step_id}#{number}" for number in range(int(event.parameters["calls"]))]
-            if "fail" in event.parameters:
-                failing.append(event.step_id)
-                continue
-            counts[event.task_id] += 1
-            expected.append(replace(place, answer=answer_of(event, counts[event.task_id])))
-        check_outputs(verdict, expected, self._outputs())
+        for topic in (SUMS_TOPIC, CALLS_TOPIC):
+            for record, event in self._inputs(topic):
+                finished = self._is_done(record, done)
+                if isinstance(event, TimerFired):
+                    fired.append(
+                        Fired(_event_id(record), event.timer, due_text(event.due), record.timestamp_ms, finished)
+                    )
+                    continue
+                if not finished:
+                    continue
+                task = event.task_id
+                questions += [f"{event.step_id}#{number}" for number in range(int(event.parameters.get("calls", 0)))]
+                if "fail" in event.parameters:
+                    failing.append(event.step_id)
+                    continue
+                if TIMER in event.parameters:
+                    timers[event.step_id] = record.timestamp_ms + int(event.parameters[TIMER])
+                if topic == SUMS_TOPIC:
+                    sums[task] += int(event.parameters["number"])
+                    answer = str(sums[task])
+                else:
+                    counts[task] += 1
+                    answer = answer_of(event, counts[task])
+                expected.append(Input(record.partition, record.offset, task, event.step_id, answer))
+        answers: list[Output] = []
+        check_outputs(verdict, expected, self._outputs(answers))
         verdict.events += len(failing)
+        pending = {name for names in self._pending.timers.values() for name in names}
+        check_timers(verdict, timers, fired, answers, pending=pending)
         check_letters(verdict, failing, self._letters())
         check_letters(verdict, failing, self._failures())
         made = self._calls()
         check_effects(verdict, made, list(self._effects()), questions, stable_keys=any(call.key for call in made))
 
-    def _inputs(self, topic: str) -> Iterator[tuple[Input, StepAssigned]]:
+    def _inputs(self, topic: str) -> Iterator[tuple[Record, StepAssigned | TimerFired]]:
         for record in self._view.read(topic):
             event = self._codec.decode(record).event
-            if isinstance(event, StepAssigned):
-                yield Input(record.partition, record.offset, event.task_id, event.step_id, ""), event
+            assert isinstance(event, StepAssigned | TimerFired), f"{type(event).__name__} in {topic}"
+            yield record, event
 
-    def _finished(
-        self, inputs: Iterable[tuple[Input, StepAssigned]], topic: str, done: dict[Place, Committed] | None
-    ) -> Iterator[tuple[Input, StepAssigned]]:
+    def _is_done(self, record: Record, done: dict[Place, Committed] | None) -> bool:
         if done is None:
-            yield from inputs
-            return
-        parked = self._parked()
-        for place, event in inputs:
-            committed = done.get((topic, place.partition))
-            if committed is None or place.offset not in committed:
-                continue
-            if place.offset not in parked[topic, place.partition]:
-                yield place, event
+            return True
+        place = record.topic, record.partition
+        committed = done.get(place)
+        return committed is not None and record.offset in committed and record.offset not in self._pending.parked[place]
 
-    def _outputs(self) -> Iterator[Output]:
+    def _outputs(self, answers: list[Output]) -> Iterator[Output]:
+        """The outputs of events; those of timers are added to ``answers``."""
         for record in self._view.read(_OUTPUT):
             event = self._codec.decode(record).event
             assert isinstance(event, StepCompleted)
-            yield Output(event.task_id, event.step_id, event.answer)
+            output = Output(event.task_id, event.step_id, event.answer)
+            if event.capability == TIMER:
+                answers.append(output)
+            else:
+                yield output
 
     def _failures(self) -> Iterator[tuple[str, str]]:
         for record in self._view.read(_FAILURES):
@@ -165,7 +181,8 @@ class Verifier:
             effect = self._codec.decode(record).event
             assert isinstance(effect, LlmCalled), f"{type(effect).__name__} in {_EFFECTS}"
             question = orjson.loads(effect.request)["messages"][-1]["content"]
-            yield EffectSeen(identity_of(effect), question, bool(effect.error), record.timestamp_ms)
+            error = orjson.loads(effect.error)["type"] if effect.error else ""
+            yield EffectSeen(identity_of(effect), question, error, record.timestamp_ms)
 
     def _calls(self) -> list[Call]:
         path = self._folder / "calls.tsv"
@@ -181,7 +198,7 @@ class Verifier:
         for topic in topics:
             wanted: dict[Place, dict[int, str]] = defaultdict(dict)
             for record in self._view.read(topic):
-                wanted[topic, record.partition][record.offset] = (dict(record.headers)["ce_id"] or b"").decode()
+                wanted[topic, record.partition][record.offset] = _event_id(record)
             rows: dict[Place, dict[int, str]] = defaultdict(dict)
             table = everything.filter(pc.equal(everything.column("topic"), topic))
             for partition, offset, event_id in zip(
@@ -189,3 +206,7 @@ class Verifier:
             ):
                 rows[topic, partition][offset] = event_id
             check_rows(verdict, wanted, rows)
+
+
+def _event_id(record: Record) -> str:
+    return (dict(record.headers)["ce_id"] or b"").decode()

@@ -18,10 +18,10 @@ from typing import Final
 
 from agents.context import Ports
 from schemas.codec import Codec
-from streams.binding import Binding
+from streams.binding import Binding, RetryPolicy
 from streams.errors import FencedError, ProcessorError
 from streams.processor import Processor
-from tests.chaos.harness.agents import Caller, CallLog, Summer
+from tests.chaos.harness.agents import BUSY, OVERLOADED, Caller, CallLog, Summer
 
 __all__ = ["CALLS_TOPIC", "FENCED", "READY", "RETRYABLE", "SUMS_TOPIC", "WorkerSettings", "bindings", "end_with_parent"]
 
@@ -32,6 +32,8 @@ RETRYABLE: Final = 4
 READY: Final = "works"
 
 _PR_SET_PDEATHSIG: Final = 1
+_TRIES: Final = 1000
+"""The world never fails a call so often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,16 @@ def bindings() -> tuple[Binding, ...]:
     """The agents under test on their topics."""
     return (
         Binding(Summer(), (SUMS_TOPIC,)),
-        Binding(Caller(), (CALLS_TOPIC,), concurrency=512),
+        Binding(
+            Caller(),
+            (CALLS_TOPIC,),
+            concurrency=512,
+            retry_by_error={
+                BUSY: RetryPolicy(_TRIES, backoff_s=0.05, max_backoff_s=0.2),
+                OVERLOADED: RetryPolicy(_TRIES, backoff_s=1.0, max_backoff_s=2.0),
+            },
+            park_after_s=0.4,
+        ),
     )
 
 
