@@ -133,6 +133,8 @@ app = faust.App(
     # The default waits for other workers to join, which are few.
     stream_recovery_delay=0.0,
 )
+# The command line turns it on by default, on a port that the next worker would find taken.
+app.boot_strategy.enable_web = False
 
 
 class _State:
@@ -262,8 +264,6 @@ _SOURCES: Final = {
 @app.on_worker_init.connect  # type: ignore[arg-type]
 def begin(_: Any, **__: Any) -> None:
     """Prepare topics, before anything is read."""
-    if "--with-web" not in sys.argv:
-        app.conf.web_enabled = False  # the command line's default is to open a port
     servers = "" if state.cluster is None else state.cluster.kafka_bootstrap_servers
     if state.cluster is None or not servers:
         _give_up(state.wrong)
