@@ -62,14 +62,15 @@ StateT = TypeVar("StateT", bound=BaseModel)
 class _Outputs:
     """What the context and its scopes collect together."""
 
-    expires_after: timedelta | None = None
-    new_ids = 0
-    random: Random | None = None
-    timers: dict[str, datetime | None] | None = None
+    __slots__ = ("emitted", "expires_after", "new_ids", "random", "state", "timers")
 
     def __init__(self, state: BaseModel | None) -> None:
         self.emitted: list[Event] = []
+        self.expires_after: timedelta | None = None
+        self.new_ids = 0
+        self.random: Random | None = None
         self.state = state
+        self.timers: dict[str, datetime | None] | None = None
 
 
 class Context(Generic[StateT]):
@@ -79,7 +80,6 @@ class Context(Generic[StateT]):
 
     def __init__(
         self,
-        *,
         agent: str,
         metadata: Metadata,
         now: datetime,

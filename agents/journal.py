@@ -111,7 +111,14 @@ class Journal:
     to handle for sure.
     """
 
-    # Most events have no effects, so what only effects need is set when there are some.
+    # Most events have no effects, so what only effects need is set when there are some; and a subclass that has one of
+    # the functions as a method has it for all of its events.
+    ports: Ports = _NO_PORTS
+    replaying = False
+    _timeout_s: float | None = None
+    _on_performed: Callable[[], None] | None = None
+    _durable: Callable[[], Awaitable[None]] | None = None
+    _permitted: Callable[[], Awaitable[None]] | None = None
     _deadline: float | None = None
     _occurrences: dict[tuple[str, str, str], int] | None = None
     _recorded: dict[Identity, Effect] = _NOTHING
@@ -142,9 +149,12 @@ class Journal:
         self.ports = ports
         self.replaying = replaying
         self._timeout_s = timeout_s
-        self._on_performed = on_performed
-        self._durable = durable
-        self._permitted = permitted
+        if on_performed is not None:
+            self._on_performed = on_performed
+        if durable is not None:
+            self._durable = durable
+        if permitted is not None:
+            self._permitted = permitted
         self.performed: list[Envelope] = []
         """Effects performed in this life of the event, over all its attempts, in order of completion."""
         if recorded:

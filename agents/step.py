@@ -13,7 +13,7 @@ from agents.agent import Agent, Failure
 from agents.context import Context
 from agents.errors import EffectFailedError, UndeclaredOutputError
 from agents.journal import Journal
-from agents.turns import begin
+from agents.turns import Turns, begin
 from schemas.events import Event, Priority, TimerFired
 from schemas.frozen import frozen
 from schemas.metadata import Envelope, Metadata, deterministic_id
@@ -21,8 +21,10 @@ from schemas.topics import key_of
 
 __all__ = [
     "LaneState",
+    "Running",
     "StepResult",
     "TimerChange",
+    "begin_step",
     "concerns",
     "decision_time",
     "failure_of",
@@ -116,6 +118,48 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(type(error).__name__, str(error), retryable=False)
 
 
+class Running:
+    """A step whose handler waits."""
+
+    __slots__ = ("_agent", "_ctx", "_envelope", "_state", "_turns")
+
+    def __init__(
+        self, agent: Agent[Any], envelope: Envelope, ctx: Context[Any], state: LaneState | None, turns: Turns
+    ) -> None:
+        self._agent, self._envelope, self._ctx, self._state, self._turns = agent, envelope, ctx, state, turns
+
+    async def finish(self) -> StepResult:
+        """See it through.
+
+        Raises:
+            Exception: whatever the handler raised; nothing it emitted counts.
+        """
+        await self._turns.finish()
+        return _result(self._agent, self._envelope, self._ctx, self._state, "")
+
+
+def begin_step(
+    agent: Agent[Any],
+    envelope: Envelope,
+    journal: Journal,
+    state: LaneState | None,
+    timestamp_ms: int,
+    priority: Priority,
+) -> StepResult | Running:
+    """:func:`run_step` as far as it goes without waiting, which for most events is to the end.
+
+    Raises:
+        Exception: whatever the handler raised; nothing it emitted counts.
+    """
+    if state is not None:
+        state = live_state(state, timestamp_ms)
+    ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
+    turns = begin(journal, agent.handle(envelope.event, ctx))
+    if turns is None:
+        return _result(agent, envelope, ctx, state, "")
+    return Running(agent, envelope, ctx, state, turns)
+
+
 async def run_step(
     agent: Agent[Any],
     envelope: Envelope,
@@ -130,11 +174,8 @@ async def run_step(
     Raises:
         Exception: whatever the handler raised; nothing it emitted counts.
     """
-    state = live_state(state, timestamp_ms)
-    ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
-    if (turns := begin(journal, agent.handle(envelope.event, ctx))) is not None:
-        await turns.finish()
-    return _result(agent, envelope, ctx, state, kind="")
+    step = begin_step(agent, envelope, journal, state, timestamp_ms, priority)
+    return step if isinstance(step, StepResult) else await step.finish()
 
 
 async def run_failure(
@@ -156,7 +197,7 @@ async def run_failure(
     ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
     if (turns := begin(journal, agent.on_failure(envelope.event, failure, ctx))) is not None:
         await turns.finish()
-    return _result(agent, envelope, ctx, state, kind="failure")
+    return _result(agent, envelope, ctx, state, "failure")
 
 
 def _context(
@@ -167,33 +208,27 @@ def _context(
     state: LaneState | None,
     journal: Journal,
 ) -> Context[Any]:
-    return Context(
-        agent=agent.name,
-        metadata=envelope.metadata,
-        now=decision_time(timestamp_ms, state, envelope.event),
-        priority=priority,
-        state=None if state is None else state.value,
-        journal=journal,
-    )
+    now = decision_time(timestamp_ms, state, envelope.event)
+    return Context(agent.name, envelope.metadata, now, priority, None if state is None else state.value, journal)
 
 
 def _result(
-    agent: Agent[Any], envelope: Envelope, ctx: Context[Any], before: LaneState | None, *, kind: str
+    agent: Agent[Any], envelope: Envelope, ctx: Context[Any], before: LaneState | None, kind: str
 ) -> StepResult:
     left = ctx.outputs
     value = left.state
-    outputs = tuple(_outputs(agent, envelope.metadata, left.emitted, ctx.now, kind)) if left.emitted else ()
+    outputs = _outputs(agent, envelope.metadata, left.emitted, ctx.now, kind) if left.emitted else ()
     timers = () if left.timers is None else tuple(TimerChange(name, due) for name, due in left.timers.items())
-    if before is not None and value is before.value:
-        return StepResult(outputs, before, False, timers)
     if value is None:
         return StepResult(outputs, None, before is not None, timers)
+    if before is not None and value is before.value:
+        return StepResult(outputs, before, False, timers)
     expires_at = None if left.expires_after is None else ctx.now + left.expires_after
     return StepResult(outputs, LaneState(value, ctx.now, expires_at), True, timers)
 
 
-def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datetime, kind: str) -> list[Envelope]:
-    name, source, emits = agent.name, agent.source, agent.emits
+def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datetime, kind: str) -> tuple[Envelope, ...]:
+    name, source, emits, cause_id = agent.name, agent.source, agent.emits, cause.id
     outputs = []
     for ordinal, event in enumerate(events):
         if type(event) not in emits:
@@ -201,13 +236,13 @@ def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datet
                 f"{name} emitted {type(event).__name__}, which its `emits` does not list; add it there"
             )
         metadata = Metadata(
-            deterministic_id(cause.id, name, kind, ordinal),
+            deterministic_id(cause_id, name, kind, ordinal),
             source,
             key_of(event),
             now,
-            cause.id,
+            cause_id,
             cause.correlation_id,
             cause.traceparent,
         )
         outputs.append(Envelope(event, metadata))
-    return outputs
+    return tuple(outputs)

@@ -8,7 +8,7 @@ replay needs. Calls themselves run on the processor's loop; a handler that never
 """
 
 import asyncio
-from asyncio import CancelledError, Handle, _set_running_loop
+from asyncio import CancelledError, Handle, _set_running_loop, get_running_loop
 from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -44,7 +44,7 @@ def begin(world: World, handler: Coroutine[Any, Any, None]) -> "Turns | None":
     spare = loop.spare
     turns: Turns = spare.pop() if spare else Turns(loop)
     turns._world, turns._handler = world, handler
-    turns._real = real = asyncio.get_running_loop()
+    turns._real = real = get_running_loop()
     _set_running_loop(loop)  # type: ignore[arg-type]
     loop.owner = turns
     _enter_task(loop, turns)  # type: ignore[arg-type]
@@ -55,7 +55,6 @@ def begin(world: World, handler: Coroutine[Any, Any, None]) -> "Turns | None":
             turns._done = True
         else:
             # As good as new, and most events are handled so: to make a new one takes longer than all of the above.
-            del turns._world, turns._handler, turns._real
             spare.append(turns)
             return None
     except BaseException as error:

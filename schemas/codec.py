@@ -56,6 +56,7 @@ _MAX_PROBLEMS: Final = 50
 _OVERHEAD_BYTES: Final = 1024
 _MAX_HEADERS: Final = 4096
 _MAX_READERS: Final = 1024
+_MAX_SOURCES: Final = 1024
 
 
 class Encoded(NamedTuple):
@@ -118,6 +119,8 @@ class Codec:
         self._writing: dict[type[Event], _Writing] = {}
         self._by_schema: dict[bytes, _Reading] = {}
         self._by_id: dict[int, _Reading] = {}
+        self._sources: dict[bytes, str] = {}
+        self._last_time = b"", _EPOCH
 
     def prepare(self, *event_types: type[Event]) -> None:
         """Get the ids of these types now, so that a registry that is away shows at start-up and no event waits for it.
@@ -139,6 +142,10 @@ class Codec:
         kind = type(event)
         writing = self._writing.get(kind) or self._prepare_writing(kind)
         try:
+            subject, cause, correlation = metadata.subject, metadata.causation_id, metadata.correlation_id
+            subject_text = subject.encode()
+            # Of a task's events both are the task.
+            correlation_text = subject_text if correlation == subject else correlation.encode()
             headers: list[tuple[str, bytes]] = [
                 _SPECVERSION,
                 writing.type_header,
@@ -146,17 +153,13 @@ class Codec:
                 ("ce_id", metadata.id.encode()),
                 _time_header(metadata.time),
                 writing.schema_header,
+                ("ce_subject", subject_text),
+                ("ce_causationid", cause.encode()),
+                ("ce_correlationid", correlation_text),
+                _CONTENT_TYPE,
             ]
-            subject, correlation = metadata.subject, metadata.correlation_id
-            subject_text = subject.encode()
-            if subject:
-                headers.append(("ce_subject", subject_text))
-            if metadata.causation_id:
-                headers.append(("ce_causationid", metadata.causation_id.encode()))
-            if correlation:
-                # Of a task's events both are the task.
-                headers.append(("ce_correlationid", subject_text if correlation == subject else correlation.encode()))
-            headers.append(_CONTENT_TYPE)
+            if not (subject and cause and correlation):
+                headers = [header for header in headers if header[1] or header[0] not in _OPTIONAL]
             if metadata.traceparent:
                 headers.append(("traceparent", metadata.traceparent.encode()))
             if writing.personal and self._cipher is not None:
@@ -227,19 +230,38 @@ class Codec:
             event_id, source, subject = get("ce_id"), get("ce_source"), get("ce_subject")
             time, cause, correlation = get("ce_time"), get("ce_causationid"), get("ce_correlationid")
             trace = get("traceparent")
+            subject_text = subject.decode() if subject else _key_text(record, event, reading)
+            if not correlation:
+                correlation_text = "" if event_id else str(getattr(event, reading.key, ""))
+            else:
+                correlation_text = subject_text if correlation == subject else correlation.decode()
             return Metadata(
                 event_id.decode() if event_id else deterministic_id(record.topic, record.partition, record.offset),
-                source.decode() if source else UNKNOWN_SOURCE,
-                subject.decode() if subject else _key_text(record, event, reading),
-                _parse_time(time) if time else _EPOCH + timedelta(milliseconds=record.timestamp_ms),
+                (self._sources.get(source) or self._source(source)) if source else UNKNOWN_SOURCE,
+                subject_text,
+                self._time(time) if time else _EPOCH + timedelta(milliseconds=record.timestamp_ms),
                 cause.decode() if cause else "",
-                correlation.decode() if correlation else ("" if event_id else str(getattr(event, reading.key, ""))),
+                correlation_text,
                 trace.decode() if trace else "",
             )
         except UnicodeDecodeError as error:
             raise MalformedError(f"a CloudEvents header is no UTF-8: {error.object[:60]!r}") from None
         except (ValueError, OverflowError) as error:
             raise MalformedError(f"ce_time or the record's timestamp is no point in time: {error}") from None
+
+    def _source(self, text: bytes) -> str:
+        source = text.decode()
+        if len(self._sources) < _MAX_SOURCES:
+            self._sources[text] = source
+        return source
+
+    def _time(self, text: bytes) -> datetime:
+        # What one transaction wrote shares its time.
+        last, time = self._last_time
+        if text != last:
+            time = _parse_time(text)
+            self._last_time = text, time
+        return time
 
     def _prepare_writing(self, kind: type[Event]) -> _Writing:
         max_bytes = min(self._max_bytes, _topic_cap(kind))
@@ -364,6 +386,7 @@ class Codec:
 
 
 _SPECVERSION: Final = ("ce_specversion", b"1.0")
+_OPTIONAL: Final = frozenset({"ce_subject", "ce_causationid", "ce_correlationid"})
 _CONTENT_TYPE: Final = ("content-type", b"application/avro")
 
 

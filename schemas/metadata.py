@@ -45,7 +45,7 @@ def deterministic_id(*parts: str | int) -> str:
     True
     """
     digest = _NAMESPACE_HASH.copy()
-    digest.update("\x1f".join([str(part) for part in parts]).encode())
+    digest.update("\x1f".join(map(str, parts)).encode())
     text = digest.hexdigest()
     return f"{text[:8]}-{text[8:12]}-5{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:32]}"
 

@@ -12,16 +12,16 @@ transaction that finishes the event.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from agents.agent import Failure
 from agents.context import Ports
 from agents.errors import EffectFailedError
 from agents.journal import Journal
-from agents.step import StepResult, failure_of, run_failure, run_step
+from agents.step import Running, StepResult, begin_step, failure_of, run_failure
 from schemas.codec import Codec
 from schemas.errors import EncodeError, EventTooLargeError
 from schemas.events import Effect, LlmCalled, StepAssigned, StepCancelled
@@ -71,7 +71,9 @@ class Handling:
         self._state_codec = state_codec
         self._stats = stats
         self._journal_later = journal_later
-        self._lease = lease
+        self.lease = lease
+        self.journal_settings = binding.agent.name, self._source, ports, binding.timeout_s
+        """Name and source of the agent, ports and time limit, as journals need them."""
         self._warned_in = self._warnings = 0
 
     @property
@@ -80,12 +82,11 @@ class Handling:
         timeout_s = self._binding.timeout_s
         return None if timeout_s is None else timeout_s * _HUNG_GRACE
 
-    async def handle(self, work: Work) -> float | None:
-        """Run the agent on the event once. None: the work is finished, its messages are there. Else the seconds to
-        wait before it is to be run again.
+    def begin(self, work: Work) -> Coroutine[Any, Any, float | None] | None:
+        """Run the agent on the event once, as far as it goes without waiting. None: the work is finished, its messages
+        are there. Else the rest, to be awaited: None again, or the seconds to wait before it is to be run again.
 
-        Raises:
-            asyncio.CancelledError: the event was taken away; nothing of it counts but what is journalled.
+        The rest raises asyncio.CancelledError if the event was taken away; nothing of it counts but what is journalled.
         """
         envelope, partition = work.envelope, work.partition
         assert envelope is not None
@@ -94,17 +95,28 @@ class Handling:
             journal = work.journal = self._journal_of(work, envelope.metadata)
         state = partition.state.get(work.lane)
         try:
-            result = await run_step(
-                self._agent,
-                envelope,
-                timestamp_ms=work.record.timestamp_ms,
-                priority=partition.priority,
-                state=state,
-                journal=journal,
-            )
-            messages = self._outcome(result, work)
+            step = begin_step(self._agent, envelope, journal, state, work.record.timestamp_ms, partition.priority)
+            if isinstance(step, Running):
+                return self._finish(work, journal, step)
+            messages = self._outcome(step, work)
             if journal.performed or work.trial is not None:
                 # An effect that can't be recorded fails its event: what it decided could not be proved.
+                messages += self._effects(work, journal)
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
+            return self._failed(work, journal, failure_of(error))
+        self._leave(work, step, messages)
+        return None
+
+    async def handle(self, work: Work) -> float | None:
+        """:meth:`begin` and its rest."""
+        rest = self.begin(work)
+        return None if rest is None else await rest
+
+    async def _finish(self, work: Work, journal: Journal, step: Running) -> float | None:
+        try:
+            result = await step.finish()
+            messages = self._outcome(result, work)
+            if journal.performed or work.trial is not None:
                 messages += self._effects(work, journal)
         except asyncio.CancelledError:
             failure = _why_ended(work)
@@ -116,6 +128,9 @@ class Handling:
         else:
             self._leave(work, result, messages)
             return None
+        return await self._failed(work, journal, failure)
+
+    async def _failed(self, work: Work, journal: Journal, failure: Failure) -> float | None:
         self._stats.failures += 1
         trial = work.tried()
         policy = self._binding.retry_of(failure.error_type)
@@ -139,28 +154,18 @@ class Handling:
             work.tried().restored = tuple(effect.sequence for effect in recorded)
             if work.trace is not None:
                 work.trace.restored = tuple(restored)
-        return Journal(
-            agent=self._agent.name,
-            source=self._source,
-            key=cause.subject,
-            cause=cause,
-            ports=self._ports,
-            recorded=recorded,
-            timeout_s=self._binding.timeout_s,
-            on_performed=partial(self._performed, work),
-            durable=partial(self._durable, work),
-            permitted=partial(self._lease, work.partition),
-        )
+        return _Journal(self, work, cause, recorded)
 
     # Effects of a step that still runs.
 
-    def _performed(self, work: Work) -> None:
+    def performed(self, work: Work) -> None:
+        """Have the running work's new effect committed soon."""
         trial = work.tried()
         if not trial.listed:
             trial.listed = True
             self._journal_later(work)
 
-    async def _durable(self, work: Work) -> None:
+    async def durable(self, work: Work) -> None:
         """Wait until all effects so far are committed.
 
         Raises:
@@ -172,7 +177,7 @@ class Handling:
         if trial.durable < wanted:
             through = asyncio.get_running_loop().create_future()
             trial.waiters.append((wanted, through))
-            self._performed(work)
+            self.performed(work)
             await through
         if trial.unrecordable:
             raise EffectFailedError("EventTooLarge", "an effect before this one can't be recorded", retryable=False)
@@ -441,6 +446,29 @@ class Handling:
             if isinstance(made.event, LlmCalled):
                 self._stats.tokens += made.event.prompt_tokens + made.event.completion_tokens
                 self._stats.cost_usd += made.event.cost_usd
+
+
+class _Journal(Journal):
+    """The journal of one work. One is made for each event, and most are never asked anything: what the base class takes
+    as three functions are methods here.
+    """
+
+    def __init__(self, handling: Handling, work: Work, cause: Metadata, recorded: Sequence[Effect]) -> None:
+        self._handling, self._work = handling, work
+        self._agent, self._source, self.ports, self._timeout_s = handling.journal_settings
+        self._cause, self._key = cause, cause.subject
+        self.performed = []
+        if recorded:
+            self._load(sorted(recorded, key=lambda effect: effect.sequence))
+
+    def _on_performed(self) -> None:
+        self._handling.performed(self._work)
+
+    async def _durable(self) -> None:
+        await self._handling.durable(self._work)
+
+    async def _permitted(self) -> None:
+        await self._handling.lease(self._work.partition)
 
 
 def _sequence(made: Envelope) -> int:

@@ -21,6 +21,7 @@ __all__ = ["DEAD_LETTERS", "Messages"]
 DEAD_LETTERS: Final = topic_of(DeadLettered).name
 
 _LIMITS: Final = {name: topic.max_message_bytes for name, topic in all_topics().items()}
+_SMALL: Final = min(_LIMITS.values())
 _RECORD_OVERHEAD: Final = 96
 """What batch and record framing may add to key, value and headers."""
 _HEADER_OVERHEAD: Final = 8
@@ -40,8 +41,7 @@ class Messages:
         Raises:
             EncodeError: it can't be written, or is larger than its topic takes.
         """
-        event = envelope.event
-        return self.to(topic_name(event, priority), envelope)
+        return self.to(topic_name(envelope.event, priority), envelope)
 
     def to(self, topic: str, envelope: Envelope, partition: int = -1) -> Outgoing:
         """The message of an event for a topic that it does not usually stand in (TimerFired), or for one partition.
@@ -52,9 +52,10 @@ class Messages:
         event, metadata = envelope.event, envelope.metadata
         value, headers = self._encode(event, metadata)
         key = metadata.subject.encode()
-        # Headers are measured only where it may matter. Topics that this release does not know have the usual limit.
-        limit = _LIMITS.get(topic, _LIMITS["effects"])
-        if len(value) * 2 + len(key) > limit:
+        # What is measured only where it may matter: the headers, and what the topic takes.
+        if len(value) * 2 + len(key) > _SMALL:
+            # Topics that this release does not know have the usual limit.
+            limit = _LIMITS.get(topic, _LIMITS["effects"])
             size = len(value) + len(key) + _RECORD_OVERHEAD
             size += sum(len(name) + len(content) + _HEADER_OVERHEAD for name, content in headers)
             if size > limit:

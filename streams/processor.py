@@ -14,7 +14,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -464,35 +464,43 @@ class Processor:
 
     # Handlers.
 
-    async def _handle(self, work: Work) -> None:
+    def _handle(self, work: Work) -> Coroutine[Any, Any, None] | None:
+        """Handle the event; what is left of it when its handler waits is to be awaited."""
+        began = 0.0
+        if (self._cancelled or work.trial is not None) and self._is_cancelled(work):
+            self._handling.cancelled(work)
+            rest = None
+        elif work.order < work.partition.suspect_until:
+            rest = self._suspects.run(work)
+        elif len(self.stats.handler_latencies) < _TIMED or not work.order & _TIMED_MASK:
+            began = time.monotonic()
+            if work.trial is None:
+                self.stats.waits[work.partition.rank].append(began - work.since)
+            rest = self._handling.begin(work)
+            if rest is None:
+                self.stats.handler_latencies.append(time.monotonic() - began)
+        else:
+            rest = self._handling.begin(work)
+        if rest is not None:
+            return self._handle_rest(work, rest, began)
+        self._finish(work)
+        return None
+
+    async def _handle_rest(self, work: Work, rest: Coroutine[Any, Any, float | None], began: float) -> None:
         try:
-            if (self._cancelled or work.trial is not None) and self._is_cancelled(work):
-                self._handling.cancelled(work)
-                wait_s = None
-            elif work.order < work.partition.suspect_until:
-                wait_s = await self._suspects.run(work)
-            elif len(self.stats.handler_latencies) < _TIMED or not work.order & _TIMED_MASK:
-                wait_s = await self._timed(work)
-            else:
-                wait_s = await self._handling.handle(work)
+            wait_s = await rest
         except asyncio.CancelledError:
             # Its partition is revoked, and the event its next owner's.
             self._fetcher.settle(work.settles, work.partition.rank)
             self._parking.left(work)
             raise
+        finally:
+            if began:
+                self.stats.handler_latencies.append(time.monotonic() - began)
         if wait_s is None:
             self._finish(work)
         else:
             self._parking.wait(work.partition.lanes[work.lane], work, wait_s)
-
-    async def _timed(self, work: Work) -> float | None:
-        began = time.monotonic()
-        if work.trial is None:
-            self.stats.waits[work.partition.rank].append(began - work.since)
-        try:
-            return await self._handling.handle(work)
-        finally:
-            self.stats.handler_latencies.append(time.monotonic() - began)
 
     def _finish(self, work: Work) -> None:
         if not work.settles:
