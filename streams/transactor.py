@@ -155,6 +155,10 @@ class Transactor:
 
     def _meaning(self, error: KafkaError, what: str) -> Exception:
         said = f"{self._id}: {what} failed with {error.name()}: {error.str()}"
+        if error.code() == KafkaError.FENCED_INSTANCE_ID and error.txn_requires_abort() and not error.fatal():
+            # The group knows this process's own consumer by another member id since it joined again. Another process
+            # with this slot would have fenced the producer before its consumer joined.
+            return TransactionAbortedError(said)
         if error.code() in _FENCED:
             return FencedError(f"{said}; another process runs with this slot, or this one was paused for too long")
         if error.fatal():
