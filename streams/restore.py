@@ -107,12 +107,13 @@ class _Restore:
             raise RestoreCancelledError(f"the restore of {len(self._inputs)} changelog partitions was cancelled")
 
     def _high_watermarks(self) -> dict[_Place, int]:
-        # Bound: a client that is collected takes its unanswered requests along. At level 6 it tells of its clean-up.
-        admin = AdminClient({"log_level": 5, **self._kafka})
         leaders_by = time.monotonic() + min(self._timeout_s, _LEADER_TIMEOUT_S)
         ends: dict[_Place, int] = {}
         wanted = [TopicPartition(topic, number) for topic, number in self._inputs]
         while True:
+            # Bound: a client that is collected takes its unanswered requests along. At level 6 it tells of its
+            # clean-up. A new one each time: it would go on asking those that were leaders when it first looked.
+            admin = AdminClient({"log_level": 5, **self._kafka})
             futures = admin.list_offsets(
                 dict.fromkeys(wanted, _LATEST),
                 isolation_level=IsolationLevel.READ_UNCOMMITTED,
