@@ -17,6 +17,7 @@ __all__ = ["Observer"]
 
 _EVERY_S: Final = 0.1
 _TIMEOUT_S: Final = 2.0
+_STANDSTILL_S: Final = 1.0
 
 
 class Observer:
@@ -29,7 +30,11 @@ class Observer:
         self._view = LogView(bootstrap_servers)
         self._groups = groups
         self._places = places
+        self._watching = False
         self._latest: dict[Place, Committed] = {}
+        self._moved_at = time.monotonic()
+        self.standstills: list[tuple[float, float]] = []
+        """Times of a second and more in which no partition moved: from, to (monotonic seconds)."""
         self._moves: dict[Place, list[float]] = {place: [] for place in places}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
@@ -56,6 +61,15 @@ class Observer:
                     if count and (before is None or count > before.count()):
                         self._latest[place] = committed
                         self._moves[place].append(now)
+                        if self._watching and now - self._moved_at > _STANDSTILL_S:
+                            self.standstills.append((self._moved_at, now))
+                        self._moved_at = now
+
+    def watch(self, on: bool) -> None:
+        """Measure standstills from now on, or not: there is nothing to be done."""
+        if on and not self._watching:
+            self._moved_at = time.monotonic()
+        self._watching = on
 
     def done(self) -> int:
         """How many offsets are committed as done, over all partitions."""

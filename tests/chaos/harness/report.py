@@ -37,6 +37,7 @@ def table(report: Report) -> str:
         ("whole states of the log compared under way", str(report.snapshots)),
         ("slowest takeover after the session's end", seconds(report.takeovers)),
         ("slowest return in the same slot", seconds(report.returns)),
+        ("longest standstill", f"{report.standstill_s:.1f} s"),
         ("all partitions readable after the end", f"{report.readable_s:.1f} s"),
         ("time", f"{report.took_s:.0f} s"),
     ]

@@ -74,7 +74,8 @@ class Options:
 @dataclass(slots=True)
 class Report:
     """What happened. Times in seconds; ``takeovers`` count from the end of the dead worker's session, ``returns`` from
-    the kill to the first commit of the same slot's new process.
+    the kill to the first commit of the same slot's new process. ``standstill_s`` is the longest time that nothing
+    at all was committed though there was something to do.
     """
 
     options: Options
@@ -84,6 +85,7 @@ class Report:
     ends: dict[str, int] = field(default_factory=dict)
     takeovers: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
+    standstill_s: float = 0.0
     took_s: float = 0.0
     readable_s: float = 0.0
     snapshots: int = 0
@@ -141,7 +143,7 @@ class Run:
         options = self.options
         lines = [f"seed {options.seed}, {options.brokers} brokers: {type(error).__name__}: {error}"]
         lines += ["what happened:", *self.report.happened, "what the processes said last:"]
-        lines += [f"{path.name}:\n{last_lines(path, 15)}" for path in sorted(self._folder.glob("*.log"))]
+        lines += [f"{path.name}:\n{last_lines(path, 40)}" for path in sorted(self._folder.glob("*.log"))]
         return "\n".join([*lines, f"all of it is in {self._folder}"])
 
     def _note(self, text: str) -> None:
@@ -175,6 +177,9 @@ class Run:
             self._wait(lambda: self._observer.done() > 0, _FIRST_S, "the first commits")
             self._strike()
             self._finish()
+        except BaseException:
+            self._children.tell()
+            raise
         finally:
             self._feeder.stop()
             self._observer.stop()
@@ -221,7 +226,9 @@ class Run:
                     each.wait = self._until(next(each.script))
                 except StopIteration:
                     self._running.remove(each)
-        self._feeder.hold(self._observer.lag(self._feeder.places) > _BACKLOG)
+        lag = self._observer.lag(self._feeder.places)
+        self._feeder.hold(lag > _BACKLOG)
+        self._observer.watch(lag > 0)
         _ = self._feeder.through  # raises when the feeder failed
         time.sleep(_TICK_S)
 
@@ -259,7 +266,7 @@ class Run:
         options = self.options
         self._wait(lambda: not self._running, options.quiet_s, "the end of the last faults")
         self._wait(lambda: self._feeder.through, options.quiet_s, "the delivery of all events")
-        self._note("all is fed and all faults are over")
+        self._note(f"all is fed and all faults are over; {self._observer.lag(self._feeder.places):,} events behind")
         self._wait(
             lambda: self._observer.behind(self._feeder.places) == 0 and self._verifier.nothing_pending(),
             options.quiet_s,
@@ -273,6 +280,10 @@ class Run:
             self._children.terminate(name)
             self._wait(lambda: self._children.stopped(name), 60, f"the end of {name}")  # noqa: B023
         self._note("all is done and all workers stopped")
+        still = self._observer.standstills
+        self.report.standstill_s = max((to - since for since, to in still), default=0.0)
+        told = ", ".join(f"{to - since:.1f} s until {to - self._began:.1f}" for since, to in still if to - since > 2)
+        self._note(f"standstills of more than 2 s: {told or 'none'}")
         self.report.readable_s = self._view.wait_readable(30.0)
         export = ""
         self._note(f"every partition can be read to its end, {self.report.readable_s:.1f} s later")

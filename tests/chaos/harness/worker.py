@@ -2,11 +2,13 @@
 
 In: one JSON argument (:class:`WorkerSettings`). Out: the processors' work. SIGTERM stops it gracefully. It ends with
 exit status 3 when it was fenced and 4 after another error that a new start may help against; whoever runs it starts it
-again then, as an orchestrator would. It ends with the process that started it.
+again then, as an orchestrator would. It ends with the process that started it. SIGUSR1 has it tell what its
+threads do, SIGUSR2 its tasks and partitions.
 """
 
 import asyncio
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -93,7 +95,21 @@ async def main(settings: WorkerSettings) -> int:
         for processor in processors:
             processor.stop()
 
+    def tell() -> None:
+        for task in asyncio.all_tasks(loop):
+            task.print_stack()
+        for each in processors:
+            for place in each.partitions:
+                held = sum(lane.held for lane in place.lanes.values())
+                logging.info(
+                    "%s: %s[%d]: position %d, first unfinished %s, %d uncommitted, %d lanes (%d held), full %s; %s",
+                    *(each.name, place.topic, place.number, place.tracker.position, place.tracker.first_unfinished),
+                    *(place.uncommitted, len(place.lanes), held, place.full, each.trouble),
+                )
+
     loop.add_signal_handler(signal.SIGTERM, stop)
+    # The loop may hang, so its own account is the second one.
+    loop.add_signal_handler(signal.SIGUSR2, tell)
     logging.info("%s", READY)
     running = [loop.create_task(processor.run()) for processor in processors]
     await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
@@ -118,5 +134,6 @@ async def main(settings: WorkerSettings) -> int:
 if __name__ == "__main__":
     chosen = WorkerSettings(**json.loads(sys.argv[1]))
     end_with_parent(chosen.parent)
+    faulthandler.register(signal.SIGUSR1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     sys.exit(asyncio.run(main(chosen)))

@@ -7,6 +7,7 @@ against, as an orchestrator does. A process that ends in any other way fails the
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,8 @@ from tests.chaos.harness.worker import FENCED, READY, RETRYABLE
 __all__ = ["SINK", "WORKER", "Child", "Children", "last_lines"]
 
 _CODES: Final = {FENCED: "fenced", RETRYABLE: "cluster error"}
+
+_TELLING_S: Final = 1.0
 
 WORKER: Final = tests.chaos.harness.worker.__name__
 SINK: Final = tests.chaos.harness.projection.__name__
@@ -141,6 +144,14 @@ class Children:
             raise ChaosError(f"{name} ended with status {code}:\n{last_lines(self.log_path(log or name))}")
         reason = f"{name.rstrip('0123456789').rstrip('-')} {_CODES[code]}"
         self.ends[reason] = self.ends.get(reason, 0) + 1
+
+    def tell(self) -> None:
+        """Have the workers write into their logs what they are doing."""
+        for asked in (signal.SIGUSR1, signal.SIGUSR2):
+            for name, child in self.living.items():
+                if name.startswith("worker-") and child.process.poll() is None and self.ready(name):
+                    child.process.send_signal(asked)
+            time.sleep(_TELLING_S)
 
     def end(self) -> None:
         """Kill whatever lives."""
