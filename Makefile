@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/magnatronic demo
 
 test: $(VENV)/.installed-dev
-	@$(call run_all,$(LINTS) "pytest")
+	@$(call run_all,$(LINTS) "pytest -n 2 --dist loadfile")
 
 # The long run: faults against a million events. tests/chaos/__main__.py lists the options, such as CHAOS_BROKERS=3.
 chaos: $(VENV)/.installed-dev
