@@ -9,6 +9,7 @@ bound them in time by asyncio's own means (``gather``, ``TaskGroup``, ``wait``, 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
@@ -72,7 +73,7 @@ class Agent(ABC, Generic[StateT]):
         context starts afresh: nothing that the failed ``handle`` emitted is kept. By default nothing is emitted.
         """
 
-    @property
+    @cached_property
     def source(self) -> str:
         """The CloudEvents source of what this agent emits: ``/agents/<name>@<version>``."""
         return f"/agents/{self.name}@{self.version}"

@@ -16,7 +16,7 @@ from agents.journal import Journal
 from agents.turns import Turns, begin
 from schemas.events import Event, Priority, TimerFired
 from schemas.frozen import frozen
-from schemas.metadata import Envelope, Metadata, deterministic_id
+from schemas.metadata import Envelope, Metadata, joined_id
 from schemas.topics import key_of
 
 __all__ = [
@@ -229,6 +229,7 @@ def _result(
 
 def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datetime, kind: str) -> tuple[Envelope, ...]:
     name, source, emits, cause_id = agent.name, agent.source, agent.emits, cause.id
+    stem = f"{cause_id}\x1f{name}\x1f{kind}\x1f"
     outputs = []
     for ordinal, event in enumerate(events):
         if type(event) not in emits:
@@ -236,7 +237,7 @@ def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datet
                 f"{name} emitted {type(event).__name__}, which its `emits` does not list; add it there"
             )
         metadata = Metadata(
-            deterministic_id(cause_id, name, kind, ordinal),
+            joined_id(f"{stem}{ordinal}"),
             source,
             key_of(event),
             now,

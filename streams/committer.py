@@ -267,17 +267,20 @@ class Committer:
         selected, self._selected = self._selected, []
         now = time.monotonic()
         settled = [0, 0, 0]
+        events = outputs = dead = 0
         for entry in selected:
             partition = entry.partition
             partition.uncommitted -= 1
             settled[partition.rank] += entry.settles
             if entry.committed is not None:
                 entry.committed()
-            if type(entry) is not Work or (entry.envelope is None and not entry.dead):
-                continue
-            stats.events_in += 1
-            stats.events_out += entry.outputs
-            stats.dead_letters += entry.dead
+            if type(entry) is Work and (entry.envelope is not None or entry.dead):
+                events += 1
+                outputs += entry.outputs
+                dead += entry.dead
+        stats.events_in += events
+        stats.events_out += outputs
+        stats.dead_letters += dead
         stats.latencies.extend(
             now - entry.since for entry in selected[:: 1 + len(selected) // 64] if isinstance(entry, Work)
         )
