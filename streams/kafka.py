@@ -106,10 +106,10 @@ def transactional_settings(kafka: Mapping[str, Any], group: str, slot: int | str
         # A dead producer's open transaction holds up read_committed readers, and the restore of its partitions, at
         # most this long. The default is a minute.
         "transaction.timeout.ms": 10_000,
-        # A call that sends offsets ignores its timeout, and waits for ever when the group's coordinator has gone from the
-        # cluster's metadata (librdkafka's issues 5456 and 5511): it asks for the new one only when a connection to some
-        # other broker changes its state. A connection that is closed for idleness is such a change. The price is that a
-        # producer with nothing to do for so long connects again.
+        # A call that sends offsets ignores its timeout, and waits for ever when the group's coordinator has gone from
+        # the cluster's metadata (librdkafka's issues 5456 and 5511): it asks for the new one only when a connection to
+        # some other broker changes its state. A connection that is closed for idleness is such a change. The price is
+        # that a producer with nothing to do for so long connects again.
         "connections.max.idle.ms": 3_000,
         # librdkafka answers CONCURRENT_TRANSACTIONS, which follows each commit, by waiting this long: with the
         # default of 100 a transaction takes 101 ms, with 1 it takes 3.
