@@ -1,7 +1,8 @@
 """The long chaos run: ``make chaos``, or ``python -m tests.chaos``.
 
 In: environment. CHAOS_EVENTS (1,000,000), CHAOS_FAULTS (50), CHAOS_BROKERS (1 or 3), CHAOS_SEED (by the clock),
-CHAOS_RATE (events fed a second), CHAOS_WORKERS, CHAOS_FOLDER (kept; by default a temporary one, kept after a failure).
+CHAOS_RATE (events fed a second), CHAOS_CALLS (the share of events that make calls), CHAOS_SESSION_MS (the product's
+10,000), CHAOS_WORKERS, CHAOS_FOLDER (kept; by default a temporary one, kept after a failure).
 Out: each fault with its time, and a table of figures; exit status 1 and all that is known when an invariant is broken.
 """
 
@@ -25,6 +26,8 @@ def main() -> int:
         brokers=int(given("CHAOS_BROKERS", "1")),
         seed=int(given("CHAOS_SEED", str(int(time.time())))),
         rate=float(given("CHAOS_RATE", "4000")),
+        calls_share=float(given("CHAOS_CALLS", "0.1")),
+        session_timeout_ms=int(given("CHAOS_SESSION_MS", "10000")),
         workers=int(given("CHAOS_WORKERS", "3")),
         quiet_s=900.0,
     )

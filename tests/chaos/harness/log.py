@@ -113,11 +113,13 @@ class LogView:
             heir = Producer({**self._config, **_QUIET, "transactional.id": transactional_id, "retry.backoff.ms": 1})
             heir.init_transactions(60)
 
-    def read(self, topic: str, timeout_s: float = 120.0, *, since: Mapping[int, int] | None = None) -> Iterator[Record]:
+    def read(self, topic: str, timeout_s: float = 30.0, *, since: Mapping[int, int] | None = None) -> Iterator[Record]:
         """Every committed record of ``topic``, partitions in turn as they come; ``since`` gives offsets to begin at.
 
+        To be called when nobody writes any more: ``timeout_s`` bounds the wait for something to come.
+
         Raises:
-            ChaosError: it did not come to its end in time.
+            ChaosError: nothing came for so long, and it was not the end.
         """
         deadline = time.monotonic() + timeout_s
         consumer = Consumer({**reader_settings(self._config, "chaos-reader"), **_QUIET})
@@ -126,8 +128,10 @@ class LogView:
             consumer.assign([TopicPartition(topic, number, (since or {}).get(number, 0)) for number in waiting])
             while waiting:
                 if time.monotonic() > deadline:
-                    raise ChaosError(f"{topic}, partitions {sorted(waiting)}: no end after {timeout_s:g} s")
+                    raise ChaosError(f"{topic}, partitions {sorted(waiting)}: nothing came for {timeout_s:g} s")
                 first = consumer.poll(0.2)
+                if first is not None:
+                    deadline = time.monotonic() + timeout_s
                 for message in [] if first is None else [first, *consumer.consume(5000, 0)]:
                     error = message.error()
                     if error is None:

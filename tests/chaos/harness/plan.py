@@ -53,8 +53,9 @@ _WEIGHTS: Final = {
     Kind.BROKERS_ROLLING: 2,
 }
 _THREE_ONLY: Final = frozenset({Kind.BROKERS_ROLLING})
-_SHORT_S: Final = (0.3, 2.5)
-_LONG_S: Final = (1.0, 5.0)
+_SHORT_S: Final = 0.3
+_LONG_S: Final = 1.0
+_SHORTER: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,19 @@ def kinds_for(brokers: int) -> list[Kind]:
 
 
 def make_plan(
-    seed: int, *, events: int, faults: int, brokers: int, workers: int, kinds: Sequence[Kind] | None = None
+    seed: int,
+    *,
+    events: int,
+    faults: int,
+    brokers: int,
+    workers: int,
+    kinds: Sequence[Kind] | None = None,
+    pause_s: float = 5.0,
 ) -> list[Fault]:
-    """``faults`` faults spread over ``events`` events. Each kind comes once before one comes twice by weight."""
+    """``faults`` faults spread over ``events`` events. Each kind comes once before one comes twice by weight.
+
+    ``pause_s`` is the longest pause; of those that need not outlast a session it is half.
+    """
     rng = random.Random(seed)
     wanted = list(kinds) if kinds is not None else kinds_for(brokers)
     chosen = rng.sample(wanted, min(faults, len(wanted)))
@@ -96,7 +107,8 @@ def make_plan(
         else:
             target = -1
         at = int(events * (number - rng.uniform(0.0, 0.5)) / (faults + 1))
-        plan.append(Fault(at, kind, target, round(rng.uniform(*_LONG_S if _is_long(kind) else _SHORT_S), 2)))
+        between = (_LONG_S, pause_s) if _is_long(kind) else (_SHORT_S, pause_s * _SHORTER)
+        plan.append(Fault(at, kind, target, round(rng.uniform(*between), 2)))
     return plan
 
 

@@ -24,7 +24,7 @@ from tests.chaos.harness.worker import READY, end_with_parent
 __all__ = ["SinkSettings"]
 
 _PAGE = 200_000
-_CATCH_UP_S = 120.0
+_CATCH_UP_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)

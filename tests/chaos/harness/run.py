@@ -53,7 +53,8 @@ Script = Generator[Step, None, None]
 @dataclass(frozen=True, slots=True)
 class Options:
     """What to run. ``rate`` is events fed a second, ``calls_share`` of them lead to calls, and ``serial_share`` of
-    those to many calls in turn; ``quiet_s`` bounds the wait for the end after the last fault.
+    those to many calls in turn; ``pause_s`` is the longest pause beyond a session; ``quiet_s`` bounds the wait for the
+    end after the last fault.
     """
 
     events: int
@@ -68,6 +69,7 @@ class Options:
     session_timeout_ms: int = 6000
     sink: bool = True
     kinds: tuple[Kind, ...] | None = None
+    pause_s: float = 5.0
     quiet_s: float = 180.0
 
 
@@ -111,6 +113,7 @@ class Run:
             brokers=options.brokers,
             workers=options.workers,
             kinds=options.kinds,
+            pause_s=options.pause_s,
         )
         self._running: list[_Running] = []
         self._began = time.monotonic()
@@ -290,10 +293,10 @@ class Run:
         if options.sink:
             self._wait(lambda: self._children.ready("sink"), 60, "the start of the sink")
             self._children.terminate("sink")
-            self._wait(lambda: self._children.stopped("sink"), 150, "the sink's catching up")
+            self._wait(lambda: self._children.stopped("sink"), options.quiet_s, "the sink's catching up")
             export = str(self._folder / "rows.parquet")
             self._children.start("export", SINK, self._sink_settings(export).as_argument())
-            self._wait(self._exported, 150, "the sink's rows")
+            self._wait(self._exported, options.quiet_s, "the sink's rows")
             self._note("the sink caught up and told its rows")
         self._verifier.verify(self.report.verdict, sink_topics=(SUMS_TOPIC, CALLS_TOPIC, *OUTPUTS), export=export)
         self._note("all was checked")
