@@ -35,8 +35,11 @@ __all__ = ["Committer"]
 _MAX_MESSAGES: Final = 10_000
 _MAX_BYTES: Final = 16 * 1024 * 1024
 """A transaction's bounds: it is over in a second or so, far from its timeout of ten."""
-_BESIDE_OTHERS: Final = 1000
-"""Messages of a rank in a transaction where a more urgent one may be waiting for its end."""
+_BESIDE_OTHERS: Final = 500
+"""Messages of a rank in a transaction where a more urgent one may be waiting for its end. That is still enough to keep
+up: a transaction of so many takes less time than to handle as many events."""
+_BEHIND_URGENT: Final = 100
+"""The same where more urgent ones are in the transaction, which each of these delays; or as many as those."""
 _ABORTED_BACKOFF_S: Final = 0.05
 _MAX_ABORTS: Final = 100
 _NEARLY_FULL: Final = METADATA_LIMIT // 2
@@ -207,6 +210,8 @@ class Committer:
     def _take(self, selected: list[Entry], messages: list[Outgoing], done: dict[Partition, list[int]]) -> None:
         """Take what is finished, the most urgent first; where ranks are mixed, of each only so much."""
         for finished, most in zip(self._finished, self._most, strict=True):
+            if messages:
+                most = min(most, max(len(messages), _BEHIND_URGENT))
             size, most = 0, len(messages) + most
             while finished and len(messages) < most and size < _MAX_BYTES:
                 entry = finished.popleft()

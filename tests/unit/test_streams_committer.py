@@ -284,5 +284,18 @@ async def test_an_urgent_result_waits_for_no_large_transaction() -> None:
     await rig.commit()
     first, _ = rig.transactions.committed[0]
     assert first[0] == b"high"
-    assert first.count(b"low") == 1000, "and the low ones go on beside"
+    assert first.count(b"low") == 500, "and the low ones go on beside"
     assert rig.transactions.values.count(b"low") == 5000
+
+
+async def test_few_others_go_with_an_urgent_result() -> None:
+    rig = Rig(Transactions(), ranks=(0, 2))
+    low, high = partition(0, topic="work.low"), partition(0, topic="work.high")
+    for offset in range(1000):
+        rig.committer.add(work(low, offset, b"low"))
+    rig.committer.add(work(high, 0, b"high"))
+    await rig.commit()
+    first, second = (values for values, _ in rig.transactions.committed[:2])
+    assert first == [b"high"] + [b"low"] * 100
+    assert second == [b"low"] * 500
+    assert rig.transactions.values.count(b"low") == 1000
