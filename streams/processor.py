@@ -18,7 +18,7 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, Message, TopicPartition
 
 from agents.context import Ports
 from agents.step import concerns, lane_of
@@ -30,20 +30,19 @@ from schemas.record import Record
 from streams.binding import Binding
 from streams.committer import Committer
 from streams.dispatch import Dispatcher, Lane, Worker, rank_of
-from streams.errors import ClusterError, RestoreCancelledError, StateError
+from streams.errors import ClusterError
 from streams.fetcher import Fetcher
 from streams.firing import Firing
 from streams.handling import Handling
 from streams.kafka import consumer_settings, instance_id, transactional_settings
 from streams.lease import Lease
 from streams.messages import Messages
-from streams.offsets import OffsetTracker
 from streams.parking import Parking
 from streams.partition import Partition, Work
-from streams.restore import restore
-from streams.state import StateCodec, StateStore, changelog_topic, ensure_changelogs
+from streams.state import StateCodec, ensure_changelogs
 from streams.stats import Stats
 from streams.suspects import Suspects, owner_left, owner_marker
+from streams.takeover import take_over
 from streams.transactor import Transactor
 
 if TYPE_CHECKING:
@@ -57,9 +56,6 @@ _TIMED_MASK: Final = 15
 """So many of a second's handlers are timed, and of the others one in sixteen."""
 _REVOKE_S: Final = 5.0
 _CANCEL_S: Final = 1.0
-_RESTORE_S: Final = 120.0
-_COMMITTED_S: Final = 60.0
-_COMMITTED_SLICE_S: Final = 0.5
 _MARKED_S: Final = 5.0
 
 log = logging.getLogger(__name__)
@@ -293,47 +289,12 @@ class Processor:
         """Fetch committed offsets, which waits for open transactions, then restore what belongs to them."""
         if not partitions:
             return []
-        group = self.binding.group
-        committed = self._committed(consumer, partitions, cancelled)
-        changelogs = [(changelog_topic(group, place.topic), place.topic, place.partition) for place in committed]
         started = time.monotonic()
-        restored = restore(self._kafka, changelogs, timeout_s=_RESTORE_S, cancelled=cancelled)
+        prepared = take_over(
+            self._kafka, self.binding.group, consumer, partitions, self._state_codec, cancelled=cancelled
+        )
         self.stats.restore_s = time.monotonic() - started
-        prepared = []
-        for place, (changelog, _, number) in zip(committed, changelogs, strict=True):
-            found = restored[changelog, number]
-            if place.offset < 0 and not found.empty:
-                raise StateError(
-                    f"{changelog}[{number}] is not empty, but group {group} has no offset for {place.topic}[{number}]; "
-                    "it was lost. Set it again, or delete the changelog"
-                )
-            # The first transaction needs an offset to send; where the log was trimmed, 0 stands for its beginning.
-            tracker = OffsetTracker(max(place.offset, 0), (place.metadata or "") if place.offset >= 0 else "")
-            state = StateStore(self._state_codec, found.states)
-            prepared.append(Partition(place.topic, number, tracker, state, changelog, found))
         return prepared
-
-    def _committed(
-        self, consumer: Consumer, partitions: Sequence[TopicPartition], cancelled: threading.Event
-    ) -> list[TopicPartition]:
-        deadline = time.monotonic() + _COMMITTED_S
-        while True:
-            try:
-                committed: list[TopicPartition] = consumer.committed(list(partitions), timeout=_COMMITTED_SLICE_S)
-                break
-            except KafkaException as error:
-                if cancelled.is_set():
-                    raise RestoreCancelledError(f"{self.name}: the partitions went away meanwhile") from error
-                if not error.args[0].retriable() and error.args[0].code() != KafkaError._TIMED_OUT:
-                    raise ClusterError(f"{self.name}: committed offsets can't be had: {error.args[0].str()}") from error
-                if time.monotonic() > deadline:
-                    raise ClusterError(
-                        f"{self.name}: no committed offsets within {_COMMITTED_S:g} s: {error.args[0].str()}"
-                    ) from error
-        for place in committed:
-            if place.error is not None:
-                raise ClusterError(f"{self.name}: {place.topic}[{place.partition}]: {place.error.str()}")
-        return committed
 
     async def assigned(self, prepared: Sequence[Partition]) -> list[TopicPartition]:
         """Own the prepared partitions; what they were restored with goes on."""

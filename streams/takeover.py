@@ -1,0 +1,81 @@
+"""Taking a partition over: where its last owner stopped, and what it left behind.
+
+In: the partitions that the group has assigned. Out: :class:`~streams.partition.Partition` values that can go on: the
+committed offset with its finished-offset map, and what the changelog holds. Everything here blocks; it runs on a thread
+of the fetcher's.
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from streams.errors import ClusterError, RestoreCancelledError, StateError
+from streams.offsets import OffsetTracker
+from streams.partition import Partition
+from streams.restore import restore
+from streams.state import StateCodec, StateStore, changelog_topic
+
+__all__ = ["take_over"]
+
+_RESTORE_S: Final = 120.0
+_COMMITTED_S: Final = 60.0
+_SLICE_S: Final = 0.9
+
+
+def take_over(
+    kafka: Mapping[str, Any],
+    group: str,
+    consumer: Consumer,
+    partitions: Sequence[TopicPartition],
+    codec: StateCodec | None,
+    *,
+    cancelled: threading.Event,
+) -> list[Partition]:
+    """Fetch committed offsets, which waits for open transactions, then restore what belongs to them.
+
+    Raises:
+        RestoreCancelledError: ``cancelled`` was set meanwhile.
+        StateError: a changelog and its offset don't fit together, or it can't be read.
+        ClusterError: the cluster did not answer in time.
+    """
+    committed = _committed(group, consumer, partitions, cancelled)
+    changelogs = [(changelog_topic(group, place.topic), place.topic, place.partition) for place in committed]
+    restored = restore(kafka, changelogs, timeout_s=_RESTORE_S, cancelled=cancelled)
+    prepared = []
+    for place, (changelog, _, number) in zip(committed, changelogs, strict=True):
+        found = restored[changelog, number]
+        if place.offset < 0 and not found.empty:
+            raise StateError(
+                f"{changelog}[{number}] is not empty, but group {group} has no offset for {place.topic}[{number}]; "
+                "it was lost. Set it again, or delete the changelog"
+            )
+        # The first transaction needs an offset to send; where the log was trimmed, 0 stands for its beginning.
+        tracker = OffsetTracker(max(place.offset, 0), (place.metadata or "") if place.offset >= 0 else "")
+        state = StateStore(codec, found.states)
+        prepared.append(Partition(place.topic, number, tracker, state, changelog, found))
+    return prepared
+
+
+def _committed(
+    group: str, consumer: Consumer, partitions: Sequence[TopicPartition], cancelled: threading.Event
+) -> list[TopicPartition]:
+    deadline = time.monotonic() + _COMMITTED_S
+    while True:
+        try:
+            committed: list[TopicPartition] = consumer.committed(list(partitions), timeout=_SLICE_S)
+            break
+        except KafkaException as error:
+            cause: KafkaError = error.args[0]
+            if cancelled.is_set():
+                raise RestoreCancelledError(f"{group}: the partitions went away meanwhile") from error
+            if not cause.retriable() and cause.code() != KafkaError._TIMED_OUT:
+                raise ClusterError(f"{group}: committed offsets can't be had: {cause.str()}") from error
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{group}: no committed offsets within {_COMMITTED_S:g} s: {cause.str()}") from error
+    for place in committed:
+        if place.error is not None:
+            raise ClusterError(f"{group}: {place.topic}[{place.partition}]: {place.error.str()}")
+    return committed
