@@ -248,7 +248,8 @@ class Committer:
         return bool(back)
 
     def _watch_room(self, partition: Partition, used: int) -> None:
-        full = used > (_ROOM_AGAIN if partition.full else _NEARLY_FULL)
+        # An earlier owner may have left the map full. What makes room again has then to be fetched first.
+        full = used > (_ROOM_AGAIN if partition.full else _NEARLY_FULL) and not partition.tracker.refetching
         if full is not partition.full:
             partition.full = full
             self._room(partition)

@@ -79,6 +79,11 @@ class OffsetTracker:
         """The offset after the highest that was begun or is known as finished; 0 at the beginning."""
         return self._position or 0
 
+    @property
+    def refetching(self) -> bool:
+        """Whether offsets that an earlier owner left unfinished are still to be fetched."""
+        return bool(self._expected)
+
     def begin(self, offset: int) -> bool:
         """Note a fetched offset. False: it is done, by an earlier owner, or was fetched before; skip it."""
         if offset < self._skip_until:
