@@ -17,12 +17,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
 from confluent_kafka import TopicPartition
 
+from streams.background import Background
 from streams.dispatch import RANKS
 from streams.errors import ClusterError, RecordRejectedError, TransactionAbortedError
 from streams.offsets import METADATA_LIMIT
@@ -63,7 +63,7 @@ class Committer:
         self,
         name: str,
         transactor: Transactor,
-        threads: ThreadPoolExecutor,
+        thread: Background,
         *,
         group: Callable[[], Any | None],
         settle: Callable[[int, int], None],
@@ -76,7 +76,7 @@ class Committer:
     ) -> None:
         self._name = name
         self._transactor = transactor
-        self._threads = threads
+        self._thread = thread
         self._group = group
         self._settle = settle
         self._journal = journal
@@ -145,7 +145,6 @@ class Committer:
         Raises:
             ProcessorError: it can't go on.
         """
-        loop = asyncio.get_running_loop()
         last = 0.0
         while True:
             await self._wake.wait()
@@ -167,7 +166,7 @@ class Committer:
             if offsets:
                 try:
                     commit = partial(self._transactor.commit, messages, offsets, group, diagnose=self._diagnose)
-                    await loop.run_in_executor(self._threads, commit)
+                    await self._thread.run(commit)
                 except TransactionAbortedError as error:
                     await self._aborted(error)
                     continue

@@ -15,7 +15,6 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import Consumer, Message, TopicPartition
@@ -27,6 +26,7 @@ from schemas.errors import RegistryError
 from schemas.events import StepAssigned, TimerFired
 from schemas.metadata import REDRIVE_HEADER
 from schemas.record import Record
+from streams.background import Background
 from streams.binding import Binding
 from streams.committer import Committer
 from streams.dispatch import Dispatcher, Lane, Worker, rank_of
@@ -57,6 +57,7 @@ _TIMED_MASK: Final = 15
 _REVOKE_S: Final = 5.0
 _CANCEL_S: Final = 1.0
 _MARKED_S: Final = 5.0
+_CLOSE_S: Final = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -160,12 +161,12 @@ class Processor:
             ProcessorError: it had to stop; ``retryable`` says whether a new processor may do better.
         """
         loop = asyncio.get_running_loop()
-        threads = ThreadPoolExecutor(1, f"{self.name}-commit")
+        thread = Background(f"{self.name}-commit")
         self._transactor = Transactor(transactional_settings(self._kafka, self.binding.group, self._slot))
         background: list[asyncio.Task[None]] = []
         try:
-            await loop.run_in_executor(threads, self._open)
-            self._assemble(threads)
+            await thread.run(self._open)
+            self._assemble(thread)
             background = [loop.create_task(self._committer.run()), loop.create_task(self._tick_forever())]
             background.append(loop.create_task(self._lease.keep()))
             for task in background:
@@ -181,16 +182,23 @@ class Processor:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
-            await loop.run_in_executor(threads, self._transactor.close)
-            threads.shutdown(wait=False)
+            await self._close(thread)
         if self._failure is not None:
             raise self._failure
+
+    async def _close(self, thread: Background) -> None:
+        self._transactor.abandon()
+        closed = thread.run(self._transactor.close)
+        thread.close()
+        done, _ = await asyncio.wait([closed], timeout=_CLOSE_S)
+        if not done:
+            log.warning("%s: Kafka does not answer; an open transaction is left to its timeout", self.name)
 
     def _open(self) -> None:
         ensure_changelogs(self._kafka, self.binding.group, self.binding.topics)
         self._transactor.open()
 
-    def _assemble(self, threads: ThreadPoolExecutor) -> None:
+    def _assemble(self, thread: Background) -> None:
         binding = self.binding
         ranks = {rank_of(topic) for topic in binding.topics}
         self._dispatcher = Dispatcher(
@@ -210,7 +218,7 @@ class Processor:
         self._committer = Committer(
             self.name,
             self._transactor,
-            threads,
+            thread,
             group=self._fetcher.group_metadata,
             settle=self._fetcher.settle,
             journal=self._handling.journal_entry,

@@ -5,6 +5,7 @@ error that says what to do next. Everything here blocks; the processor calls it 
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
@@ -55,6 +56,11 @@ class Transactor:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._id: str = settings["transactional.id"]
         self._producer = Producer(dict(settings))
+        self._abandoned = threading.Event()
+
+    def abandon(self) -> None:
+        """Begin no call any more, and try none again: what is under way is not wanted now. For any thread."""
+        self._abandoned.set()
 
     def open(self) -> None:
         """Fence every earlier producer of this id and abort what it left open.
@@ -140,6 +146,8 @@ class Transactor:
         """Make one transactional call; those that time out or say so are resumed by calling again."""
         deadline = time.monotonic() + patience_s
         while True:
+            if self._abandoned.is_set():
+                raise ClusterError(f"{self._id}: {what} was given up, since the processor ends")
             try:
                 call()
                 return

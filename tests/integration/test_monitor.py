@@ -151,7 +151,7 @@ class Worker:
             self.process.kill()
             self.process.wait(20)
 
-    def until(self, done: Callable[[], bool], timeout_s: float = 90.0) -> None:
+    def until(self, done: Callable[[], bool], timeout_s: float = 240.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not done():
             assert self.process.poll() is None, self.log.read_text()

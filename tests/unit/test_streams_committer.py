@@ -3,7 +3,6 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.record import Record
+from streams.background import Background
 from streams.changelog import Restored
 from streams.committer import Committer
 from streams.errors import RecordRejectedError, TransactionAbortedError
-from streams.offsets import OffsetTracker, decode_finished
+from streams.offsets import OffsetTracker, decode_finished, encode_finished
 from streams.partition import Entry, Partition, Work
 from streams.state import StateStore
 from streams.stats import Stats
@@ -72,11 +72,11 @@ class Rig:
         self.full: list[tuple[int, bool]] = []
         self.journals: dict[int, list[Entry]] = {}
         self.stats = Stats()
-        self._threads = ThreadPoolExecutor(1)
+        self._thread = Background("test-commit")
         self.committer = Committer(
             "test",
             transactions,  # type: ignore[arg-type]
-            self._threads,
+            self._thread,
             group=lambda: self.member,
             settle=self._settle,
             journal=lambda work: self.journals[id(work)].pop(0) if self.journals.get(id(work)) else None,
@@ -104,7 +104,7 @@ class Rig:
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            self._threads.shutdown()
+            self._thread.close()
 
 
 async def test_entries_commit_in_order_each_with_its_partitions_offset() -> None:
@@ -206,6 +206,23 @@ async def test_a_nearly_full_map_says_so_and_says_when_there_is_room() -> None:
         again.committer.add(each)
     await again.commit()
     assert rig.full == [(0, True), (0, False)]
+
+
+async def test_a_map_that_an_earlier_owner_left_full_stops_nothing_before_its_gaps_are_fetched() -> None:
+    """What was fetched again is what makes room: held back, it would never come."""
+    rig = Rig(Transactions())
+    only = partition()
+    only.tracker = OffsetTracker(0, encode_finished(0, range(0, 14_000, 2), 14_000))
+    rig.committer.add(Entry(only, [message(b"owner")]))
+    await rig.commit()
+    assert rig.full == []
+    again = Rig(Transactions())
+    again.full = rig.full
+    for offset in range(0, 14_000, 2):
+        assert only.tracker.begin(offset)
+    again.committer.add(Entry(only, [message(b"timer")]))
+    await again.commit()
+    assert rig.full == [(0, True)], "it is full, and all of it was fetched"
 
 
 @settings(max_examples=60, deadline=None)
