@@ -156,7 +156,10 @@ class Fetcher:
         with self._alive:
             if self._closing and not self._rebalancing:
                 return None
-            metadata = self._consumer.consumer_group_metadata()
+            try:
+                metadata = self._consumer.consumer_group_metadata()
+            except RuntimeError:
+                return None  # close() is leaving the group
             return metadata if self._consumer.memberid() and not self._handover.unsettled else None
 
     def high_watermark(self, topic: str, partition: int) -> int:
