@@ -85,9 +85,9 @@ def run_value(starts: int) -> bytes:
     return b"%d" % starts
 
 
-def owner_value(deaths: int) -> bytes:
-    """The value of the owner's marker: how many owners in a row died before this one."""
-    return b'{"deaths":%d}' % deaths
+def owner_value(deaths: int, life: str = "") -> bytes:
+    """The value of the owner's marker: how many owners in a row died before this one, and which life it is in."""
+    return b'{"deaths":%d,"life":"%b"}' % (deaths, life.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Restored:
     ``states`` are values of :class:`streams.state.StateCodec` by lane, ``effects`` the recorded effects by event id, in
     order of completion; their records have the changelog's place and their own value and headers. ``parked`` is in the
     order of offsets. ``runs`` has the crash count of each input offset, ``deaths`` that of the owner's marker, None
-    when there is no marker: the last owner left in good order.
+    when there is no marker: the last owner left in good order. ``life`` names the life of the process that wrote it.
     """
 
     states: dict[str, bytes] = field(default_factory=dict)
@@ -132,6 +132,7 @@ class Restored:
     parked: list[Parked] = field(default_factory=list)
     runs: dict[int, int] = field(default_factory=dict)
     deaths: int | None = None
+    life: str = ""
 
     @property
     def empty(self) -> bool:
@@ -177,7 +178,8 @@ class Restored:
             case "run":
                 self.runs[_number(rest)] = _number(value.decode())
             case "owner" if not rest:
-                self.deaths = _OwnerValue.model_validate_json(value).deaths
+                owner = _OwnerValue.model_validate_json(value)
+                self.deaths, self.life = owner.deaths, owner.life
             case _:
                 raise ValueError("there is no such kind")
 
@@ -186,6 +188,7 @@ class _OwnerValue(BaseModel):
     model_config = ConfigDict(strict=True)
 
     deaths: int
+    life: str = ""
 
 
 class _TimerValue(BaseModel):

@@ -6,6 +6,7 @@ In: a partition's place, its committed offset and what was restored. Out: plain 
 import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
+from uuid import uuid4
 
 from agents.journal import Journal
 from schemas.events import Priority
@@ -22,10 +23,12 @@ from streams.transactor import Outgoing
 if TYPE_CHECKING:
     from streams.tracing import StepTrace
 
-__all__ = ["AFTER_ALL", "Entry", "Partition", "Trial", "Work"]
+__all__ = ["AFTER_ALL", "LIFE", "Entry", "Partition", "Trial", "Work"]
 
 AFTER_ALL: Final = 2**62
 """The ``order`` of an entry that follows whatever else its partition has to commit."""
+LIFE: Final = uuid4().hex
+"""Names this life of the process. A partition that it lost and gets back had no owner that died in between."""
 
 
 class Partition:
@@ -75,9 +78,10 @@ class Partition:
         self.timers = Timers(restored.timers)
         self.parked = restored.parked
         """Events that an earlier owner parked, until they are back in their lanes."""
-        self.runs = restored.runs
+        mine = restored.life == LIFE
+        self.runs = _before_this_life(restored.runs) if mine else restored.runs
         """How often an event was running when its process ended, by offset."""
-        self.deaths = 0 if restored.deaths is None else restored.deaths + 1
+        self.deaths = 0 if restored.deaths is None else restored.deaths + (not mine)
         """How many owners in a row ended without giving the partition up."""
         self.suspect_until = 0
         """Events before this offset may have been what ended the last owner; each run of theirs is counted first."""
@@ -197,3 +201,10 @@ class Work(Entry):
         if self.trial is None:
             self.trial = Trial()
         return self.trial
+
+
+def _before_this_life(runs: dict[int, int]) -> dict[int, int]:
+    """Counts without the run that was counted last, which did not end this process. All keep their place: what lies in
+    the changelog is to be deleted when the event finishes.
+    """
+    return {offset: max(count - 1, 0) for offset, count in runs.items()}

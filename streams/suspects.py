@@ -18,7 +18,7 @@ from typing import Final
 
 from streams.changelog import OWNER_KEY, owner_value, run_key, run_value
 from streams.handling import Handling
-from streams.partition import Entry, Partition, Trial, Work
+from streams.partition import LIFE, Entry, Partition, Trial, Work
 
 __all__ = ["Suspects", "owner_left", "owner_marker"]
 
@@ -28,7 +28,9 @@ _REACH: Final = 2
 
 def owner_marker(partition: Partition) -> Entry:
     """What says that the partition has an owner, after so many that died."""
-    return Entry(partition, [(partition.changelog, OWNER_KEY, owner_value(partition.deaths), None, partition.number)])
+    return Entry(
+        partition, [(partition.changelog, OWNER_KEY, owner_value(partition.deaths, LIFE), None, partition.number)]
+    )
 
 
 def owner_left(partition: Partition) -> Entry:

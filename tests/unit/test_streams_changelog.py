@@ -118,8 +118,8 @@ def test_effects_come_by_event_in_the_order_of_completion(made: dict[str, set[in
 
 @given(offsets, counts, counts)
 def test_counts_come_back(offset: int, starts: int, deaths: int) -> None:
-    found = restored(lying(run_key(offset), run_value(starts)), lying(OWNER_KEY, owner_value(deaths)))
-    assert (found.runs, found.deaths) == ({offset: starts}, deaths)
+    found = restored(lying(run_key(offset), run_value(starts)), lying(OWNER_KEY, owner_value(deaths, "a1")))
+    assert (found.runs, found.deaths, found.life) == ({offset: starts}, deaths, "a1")
 
 
 @given(texts)

@@ -8,7 +8,7 @@ from schemas.record import Record
 from streams.changelog import Restored, run_key
 from streams.handling import Handling
 from streams.offsets import OffsetTracker
-from streams.partition import Entry, Partition, Work
+from streams.partition import LIFE, Entry, Partition, Work
 from streams.state import StateStore
 from streams.suspects import Suspects
 
@@ -94,3 +94,13 @@ async def test_an_event_that_was_running_too_often_is_not_run_again() -> None:
     stub, log, work = Stub(), Log(), work_at(5, runs={5: 3})
     assert await suspects_of(stub, log.add, work).run(work) is None
     assert (stub.began, stub.crashes) == (0, [3])
+
+
+def test_a_partition_that_came_back_to_its_process_had_no_death() -> None:
+    def again(life: str) -> Partition:
+        restored = Restored(deaths=1, life=life, runs={5: 2, 6: 1})
+        return Partition("t", 0, OffsetTracker(0), StateStore(None, {}), "changelog", restored)
+
+    mine, another = again(LIFE), again("another")
+    assert (mine.deaths, mine.runs) == (1, {5: 1, 6: 0}), "6 stays known: its count is to be deleted in the changelog"
+    assert (another.deaths, another.runs) == (2, {5: 2, 6: 1})
