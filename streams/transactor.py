@@ -98,12 +98,16 @@ class Transactor:
             )
             self._produce(messages, refused if diagnose else None)
             self._call(lambda: self._producer.commit_transaction(_CALL_TIMEOUT_S), "commit_transaction")
-        except (TransactionAbortedError, RecordRejectedError):
+        except (TransactionAbortedError, RecordRejectedError, FencedError) as failure:
+            # Before it is aborted: the coordinator may have timed it out by now, which reads as if it were fenced.
+            if not refused:
+                self._check_topics({message[0] for message in messages})
+            if isinstance(failure, FencedError):
+                raise
             if begun:
                 self._abort()
             for index, error in refused.items():
                 raise RecordRejectedError(index, f"{error.name()}: {error.str()}") from None
-            self._check_topics({message[0] for message in messages})
             raise
 
     def _check_topics(self, topics: Set[str]) -> None:
