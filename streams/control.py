@@ -21,7 +21,7 @@ from schemas.errors import RegistryError, SchemaError
 from schemas.events import StepCancelRequested
 from schemas.record import Record
 from schemas.topics import topic_of
-from streams.kafka import reader_settings
+from streams.kafka import PASSING, reader_settings
 
 __all__ = ["CONTROL_TOPIC", "CancelledSteps", "ControlReader"]
 
@@ -33,19 +33,6 @@ _RETRY_S: Final = 1.0
 _METADATA_S: Final = 2.0
 _REMEMBERED: Final = 100_000
 """Step ids of some 100 bytes: 20 MB at most, and more steps than are cancelled in the days that the topic keeps."""
-_PASSING: Final = frozenset(
-    {
-        KafkaError._PARTITION_EOF,
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._TRANSPORT,
-        KafkaError._RESOLVE,
-        KafkaError._TIMED_OUT,
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.LEADER_NOT_AVAILABLE,
-    }
-)
-"""What librdkafka gets over by itself: it reconnects for ever."""
-
 log = logging.getLogger(__name__)
 
 
@@ -138,7 +125,7 @@ class ControlReader:
                         orders += self._orders(message)
                     elif error.code() == KafkaError._PARTITION_EOF:
                         waiting.discard(message.partition())
-                    elif not error.retriable() and error.code() not in _PASSING:
+                    elif not error.retriable() and error.code() not in PASSING:
                         raise KafkaException(error)
                 if orders and not self._tell(orders):
                     return

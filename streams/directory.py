@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,7 +20,7 @@ from schemas.codec import Codec
 from schemas.events import AgentHeartbeat, AgentRegistered, DirectoryEntry, Event, Health
 from schemas.metadata import Envelope
 from schemas.topics import topic_of
-from streams.tail import Tail
+from streams.tail import Projection, Tail
 
 __all__ = [
     "DIRECTORY_TOPIC",
@@ -113,7 +113,7 @@ def health_at(known: Presence, now_ms: int, *, verdicts: bool = False) -> Health
     return known.health
 
 
-class AgentDirectory:
+class AgentDirectory(Projection):
     """The directory as this process knows it: the port behind ``ctx.directory``.
 
     ``kafka`` holds librdkafka settings. ``clock`` gives seconds since the epoch; the port may look at it, since its
@@ -123,28 +123,7 @@ class AgentDirectory:
     def __init__(self, kafka: Mapping[str, Any], codec: Codec, *, clock: Callable[[], float] = time.time) -> None:
         self._known: dict[tuple[str, str], Presence] = {}
         self._clock = clock
-        self._tail = Tail(kafka, codec, DIRECTORY_TOPIC, self.hear, since=_READ_BACK)
-
-    def start(self) -> None:
-        """Begin to read."""
-        self._tail.start()
-
-    def stop(self) -> None:
-        """Stop reading."""
-        self._tail.stop()
-
-    def __enter__(self) -> Self:
-        """Begins to read."""
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops reading."""
-        self.stop()
-
-    def wait_caught_up(self, timeout_s: float) -> bool:
-        """Wait until what the topic held at the start is known; whether it is."""
-        return self._tail.wait_caught_up(timeout_s)
+        super().__init__(Tail(kafka, codec, DIRECTORY_TOPIC, self.hear, since=_READ_BACK))
 
     def hear(self, envelope: Envelope, at_ms: int) -> None:
         """Take one event of the topic in; for the reading thread."""

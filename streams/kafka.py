@@ -7,14 +7,30 @@ settings for a processor's consumer and transactional producer, for a changelog 
 from collections.abc import Mapping
 from typing import Any, Final
 
+from confluent_kafka import KafkaError
+
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "PASSING",
     "consumer_settings",
     "instance_id",
     "producer_settings",
     "reader_settings",
     "transactional_settings",
 ]
+
+PASSING: Final = frozenset(
+    {
+        KafkaError._PARTITION_EOF,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._TRANSPORT,
+        KafkaError._RESOLVE,
+        KafkaError._TIMED_OUT,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+    }
+)
+"""What librdkafka gets over by itself: it reconnects for ever."""
 
 MAX_MESSAGE_BYTES: Final = 8_454_144
 """The largest message of any topic: dead-letters' (schemas.topics). Each topic's own limit is held by the processor."""

@@ -5,47 +5,26 @@ for good: what was cleared once is not opened again by a repeat.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from schemas.codec import Codec
 from schemas.events import AlertCleared, AlertRaised
 from schemas.metadata import Envelope
 from schemas.topics import topic_of
-from streams.tail import Tail
+from streams.tail import Projection, Tail
 
 __all__ = ["ALERTS_TOPIC", "OpenAlerts"]
 
 ALERTS_TOPIC: Final = topic_of(AlertRaised).name
 
 
-class OpenAlerts:
+class OpenAlerts(Projection):
     """The open alerts as this process knows them. ``kafka`` holds librdkafka settings."""
 
     def __init__(self, kafka: Mapping[str, Any], codec: Codec) -> None:
         self._raised: dict[str, AlertRaised] = {}
         self._cleared: set[str] = set()
-        self._tail = Tail(kafka, codec, ALERTS_TOPIC, self.hear)
-
-    def start(self) -> None:
-        """Begin to read."""
-        self._tail.start()
-
-    def stop(self) -> None:
-        """Stop reading."""
-        self._tail.stop()
-
-    def __enter__(self) -> Self:
-        """Begins to read."""
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops reading."""
-        self.stop()
-
-    def wait_caught_up(self, timeout_s: float) -> bool:
-        """Wait until what the topic held at the start is known; whether it is."""
-        return self._tail.wait_caught_up(timeout_s)
+        super().__init__(Tail(kafka, codec, ALERTS_TOPIC, self.hear))
 
     def hear(self, envelope: Envelope, _: int) -> None:
         """Take one event of the topic in; for the reading thread."""

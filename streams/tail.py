@@ -20,27 +20,14 @@ from schemas.codec import Codec
 from schemas.errors import RegistryError, SchemaError
 from schemas.metadata import Envelope
 from schemas.record import Record
-from streams.kafka import reader_settings
+from streams.kafka import PASSING, reader_settings
 
-__all__ = ["Tail"]
+__all__ = ["Projection", "Tail"]
 
 _BATCH: Final = 1000
 _POLL_S: Final = 0.1
 _RETRY_S: Final = 1.0
 _METADATA_S: Final = 10.0
-_PASSING: Final = frozenset(
-    {
-        KafkaError._PARTITION_EOF,
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._TRANSPORT,
-        KafkaError._RESOLVE,
-        KafkaError._TIMED_OUT,
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.LEADER_NOT_AVAILABLE,
-    }
-)
-"""What librdkafka gets over by itself: it reconnects for ever."""
-
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +106,7 @@ class Tail:
                         self._tell(message)
                     elif error.code() == KafkaError._PARTITION_EOF:
                         waiting.discard(message.partition())
-                    elif not error.retriable() and error.code() not in _PASSING:
+                    elif not error.retriable() and error.code() not in PASSING:
                         raise KafkaException(error)
                 if not waiting:
                     self._caught_up.set()
@@ -159,3 +146,31 @@ class Tail:
             return
         if not self._stop.is_set():
             self._on_event(envelope, record.timestamp_ms)
+
+
+class Projection:
+    """What a process knows from following a topic: subclasses take its events in and answer from them."""
+
+    def __init__(self, tail: Tail) -> None:
+        self._tail = tail
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._tail.start()
+
+    def stop(self) -> None:
+        """Stop reading."""
+        self._tail.stop()
+
+    def __enter__(self) -> Self:
+        """Begins to read."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops reading."""
+        self.stop()
+
+    def wait_caught_up(self, timeout_s: float) -> bool:
+        """Wait until what the topic held at the start is known; whether it is."""
+        return self._tail.wait_caught_up(timeout_s)
