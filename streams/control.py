@@ -6,34 +6,24 @@ when it starts, so that a step cancelled while nobody ran is not run by who come
 """
 
 import asyncio
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
-from uuid import uuid4
-
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from schemas.codec import Codec
-from schemas.errors import RegistryError, SchemaError
 from schemas.events import StepCancelRequested
-from schemas.record import Record
 from schemas.topics import topic_of
-from streams.kafka import PASSING, reader_settings
+from streams.tail import Heard, Tail
 
 __all__ = ["CONTROL_TOPIC", "CancelledSteps", "ControlReader"]
 
 CONTROL_TOPIC: Final = topic_of(StepCancelRequested).name
 
-_BATCH: Final = 500
 _POLL_S: Final = 0.1
-_RETRY_S: Final = 1.0
-_METADATA_S: Final = 2.0
 _REMEMBERED: Final = 100_000
 """Step ids of some 100 bytes: 20 MB at most, and more steps than are cancelled in the days that the topic keeps."""
-log = logging.getLogger(__name__)
 
 
 class CancelledSteps(Mapping[str, str]):
@@ -70,106 +60,40 @@ class ControlReader:
     """
 
     def __init__(self, kafka: Mapping[str, Any], codec: Codec, on_cancel: Callable[[str, str], None]) -> None:
-        self._kafka = kafka
-        self._codec = codec
+        self._tail = Tail(kafka, codec, CONTROL_TOPIC, self._hear)
         self._on_cancel = on_cancel
-        self._stop = threading.Event()
-        self._caught_up = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def caught_up(self) -> bool:
         """Whether all that the topic held at the start was told."""
-        return self._caught_up.is_set()
+        return self._tail.caught_up
 
     def start(self) -> None:
         """Begin; to be called on the event loop that the calls are made on."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="control reader", daemon=True)
-        self._thread.start()
+        self._tail.start()
 
     async def stop(self) -> None:
         """Stop; no call is made after it returns."""
-        self._stop.set()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._tail.stop)
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._read()
-            except KafkaException as error:
-                # Read again from the beginning: orders are few, and hearing one twice does no harm.
-                log.info("%s can't be read, and is tried again: %s", CONTROL_TOPIC, error.args[0].str())
-            except Exception:
-                log.exception("%s can't be read, and is tried again", CONTROL_TOPIC)
-            self._stop.wait(_RETRY_S)
-
-    def _read(self) -> None:
-        """Read until stopped.
-
-        Raises:
-            KafkaException: it does not get over it by itself; a new consumer may.
-        """
-        consumer = Consumer(reader_settings(self._kafka, f"control-{uuid4()}"))
-        try:
-            waiting = self._assign(consumer)
-            while not self._stop.is_set():
-                first = consumer.poll(_POLL_S)
-                messages = [] if first is None else [first, *consumer.consume(_BATCH - 1, 0)]
-                orders = []
-                for message in messages:
-                    error = message.error()
-                    if error is None:
-                        orders += self._orders(message)
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        waiting.discard(message.partition())
-                    elif not error.retriable() and error.code() not in PASSING:
-                        raise KafkaException(error)
-                if orders and not self._tell(orders):
-                    return
-                if not waiting:
-                    self._caught_up.set()
-        finally:
-            consumer.close()
-
-    def _assign(self, consumer: Consumer) -> set[int]:
-        topic = consumer.list_topics(CONTROL_TOPIC, timeout=_METADATA_S).topics[CONTROL_TOPIC]
-        if topic.error is not None:
-            raise KafkaException(topic.error)
-        consumer.assign([TopicPartition(CONTROL_TOPIC, number, OFFSET_BEGINNING) for number in topic.partitions])
-        return set(topic.partitions)
-
-    def _orders(self, message: Message) -> list[tuple[str, str]]:
-        try:
-            event = self._codec.decode(Record.from_message(message)).event
-        except RegistryError as error:
-            # The bytes may be fine; they are read again when the registry answers.
-            raise KafkaException(KafkaError(KafkaError._FAIL, str(error))) from error
-        except SchemaError as error:
-            log.warning("%s@%s is no order: %s", CONTROL_TOPIC, message.offset(), error)
-            return []
-        return [(event.target, event.reason)] if isinstance(event, StepCancelRequested) else []
-
-    def _tell(self, orders: Sequence[tuple[str, str]]) -> bool:
-        """Make the calls, and wait for them: what the loop has not taken yet is not piled up. False when it is over."""
+    def _hear(self, heard: Sequence[Heard]) -> None:
+        """Have the orders told, and wait for it: what the loop has not taken yet is not piled up."""
+        orders = [each.envelope.event for each in heard if isinstance(each.envelope.event, StepCancelRequested)]
         told = threading.Event()
         assert self._loop is not None
 
         def tell() -> None:
             try:
-                for step_id, reason in orders:
-                    if self._stop.is_set():
+                for order in orders:
+                    if self._tail.stopping:
                         return
-                    self._on_cancel(step_id, reason)
+                    self._on_cancel(order.target, order.reason)
             finally:
                 told.set()
 
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(tell)
-            while not told.wait(_POLL_S):
-                if self._stop.is_set():
-                    return False
-            return True
-        return False
+            while not told.wait(_POLL_S) and not self._tail.stopping:
+                pass

@@ -20,7 +20,7 @@ from schemas.codec import Codec
 from schemas.events import AgentHeartbeat, AgentRegistered, DirectoryEntry, Event, Health
 from schemas.metadata import Envelope
 from schemas.topics import topic_of
-from streams.tail import Projection, Tail
+from streams.tail import Projection
 
 __all__ = [
     "DIRECTORY_TOPIC",
@@ -123,7 +123,7 @@ class AgentDirectory(Projection):
     def __init__(self, kafka: Mapping[str, Any], codec: Codec, *, clock: Callable[[], float] = time.time) -> None:
         self._known: dict[tuple[str, str], Presence] = {}
         self._clock = clock
-        super().__init__(Tail(kafka, codec, DIRECTORY_TOPIC, self.hear, since=_READ_BACK))
+        super().__init__(kafka, codec, DIRECTORY_TOPIC, since=_READ_BACK)
 
     def hear(self, envelope: Envelope, at_ms: int) -> None:
         """Take one event of the topic in; for the reading thread."""

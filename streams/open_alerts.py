@@ -11,7 +11,7 @@ from schemas.codec import Codec
 from schemas.events import AlertCleared, AlertRaised
 from schemas.metadata import Envelope
 from schemas.topics import topic_of
-from streams.tail import Projection, Tail
+from streams.tail import Projection
 
 __all__ = ["ALERTS_TOPIC", "OpenAlerts"]
 
@@ -24,9 +24,9 @@ class OpenAlerts(Projection):
     def __init__(self, kafka: Mapping[str, Any], codec: Codec) -> None:
         self._raised: dict[str, AlertRaised] = {}
         self._cleared: set[str] = set()
-        super().__init__(Tail(kafka, codec, ALERTS_TOPIC, self.hear))
+        super().__init__(kafka, codec, ALERTS_TOPIC)
 
-    def hear(self, envelope: Envelope, _: int) -> None:
+    def hear(self, envelope: Envelope, at_ms: int) -> None:
         """Take one event of the topic in; for the reading thread."""
         event = envelope.event
         if isinstance(event, AlertRaised):

@@ -1,17 +1,18 @@
 """Follows a topic in a thread of its own: what it holds since a time, then what comes. No group, no offsets.
 
-In: librdkafka settings, a topic, and how far back to begin. Out: a call in the thread for each event that decodes, in
-the order of its partition. What a process has forgotten it reads again when it starts, so a projection of the topic
+In: librdkafka settings, a topic, and how far back to begin. Out: calls in the thread with the events that decode, each
+partition's in their order. What a process has forgotten it reads again when it starts, so a projection of the topic
 needs no store. A record may be told twice, after trouble with Kafka.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 from uuid import uuid4
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -22,17 +23,25 @@ from schemas.metadata import Envelope
 from schemas.record import Record
 from streams.kafka import PASSING, reader_settings
 
-__all__ = ["Projection", "Tail"]
+__all__ = ["Heard", "Projection", "Tail"]
 
 _BATCH: Final = 1000
 _POLL_S: Final = 0.1
 _RETRY_S: Final = 1.0
-_METADATA_S: Final = 10.0
+_METADATA_S: Final = 3.0
+"""Who stops it waits so long at most. What is not answered by then is asked again."""
 log = logging.getLogger(__name__)
 
 
+class Heard(NamedTuple):
+    """An event, and when the broker appended it: milliseconds since the epoch."""
+
+    envelope: Envelope
+    at_ms: int
+
+
 class Tail:
-    """Calls ``on_event(envelope, timestamp_ms)`` for the topic's events; the timestamp is the broker's append time.
+    """Calls ``on_heard`` with the topic's events, those that lie there at once together.
 
     ``since`` bounds how old the first records are, None begins at the beginning. It waits for a topic that is not
     there, and for brokers that are away, for as long as it takes.
@@ -43,14 +52,14 @@ class Tail:
         kafka: Mapping[str, Any],
         codec: Codec,
         topic: str,
-        on_event: Callable[[Envelope, int], None],
+        on_heard: Callable[[Sequence[Heard]], None],
         *,
         since: timedelta | None = None,
     ) -> None:
         self._kafka = kafka
         self._codec = codec
         self._topic = topic
-        self._on_event = on_event
+        self._on_heard = on_heard
         self._since = since
         self._stop = threading.Event()
         self._caught_up = threading.Event()
@@ -60,6 +69,11 @@ class Tail:
     def caught_up(self) -> bool:
         """Whether all that the topic held at the start was told."""
         return self._caught_up.is_set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop: a call that is under way may end early then."""
+        return self._stop.is_set()
 
     def wait_caught_up(self, timeout_s: float) -> bool:
         """Wait until it is caught up; whether it is."""
@@ -100,14 +114,17 @@ class Tail:
             waiting = self._assign(consumer)
             while not self._stop.is_set():
                 first = consumer.poll(_POLL_S)
+                heard: list[Heard] = []
                 for message in [] if first is None else [first, *consumer.consume(_BATCH - 1, 0)]:
                     error = message.error()
                     if error is None:
-                        self._tell(message)
+                        heard += self._decoded(message)
                     elif error.code() == KafkaError._PARTITION_EOF:
                         waiting.discard(message.partition())
                     elif not error.retriable() and error.code() not in PASSING:
                         raise KafkaException(error)
+                if heard and not self._stop.is_set():
+                    self._on_heard(heard)
                 if not waiting:
                     self._caught_up.set()
         finally:
@@ -134,25 +151,34 @@ class Tail:
         consumer.assign(places)
         return set(topic.partitions)
 
-    def _tell(self, message: Message) -> None:
+    def _decoded(self, message: Message) -> list[Heard]:
         record = Record.from_message(message)
         try:
-            envelope = self._codec.decode(record)
+            return [Heard(self._codec.decode(record), record.timestamp_ms)]
         except RegistryError as error:
             # The bytes may be fine; they are read again when the registry answers.
             raise KafkaException(KafkaError(KafkaError._FAIL, str(error))) from error
         except SchemaError as error:
             log.warning("%s@%s is passed over: %s", self._topic, record.offset, error)
-            return
-        if not self._stop.is_set():
-            self._on_event(envelope, record.timestamp_ms)
+            return []
 
 
-class Projection:
-    """What a process knows from following a topic: subclasses take its events in and answer from them."""
+class Projection(ABC):
+    """What a process knows from following a topic: subclasses take its events in and answer from them.
 
-    def __init__(self, tail: Tail) -> None:
-        self._tail = tail
+    ``kafka`` holds librdkafka settings; ``since`` is as :class:`Tail` takes it.
+    """
+
+    def __init__(self, kafka: Mapping[str, Any], codec: Codec, topic: str, *, since: timedelta | None = None) -> None:
+        self._tail = Tail(kafka, codec, topic, self._hear_all, since=since)
+
+    @abstractmethod
+    def hear(self, envelope: Envelope, at_ms: int) -> None:
+        """Take one event of the topic in; for the reading thread."""
+
+    def _hear_all(self, heard: Sequence[Heard]) -> None:
+        for envelope, at_ms in heard:
+            self.hear(envelope, at_ms)
 
     def start(self) -> None:
         """Begin to read."""
