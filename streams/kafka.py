@@ -10,16 +10,17 @@ from typing import Any, Final
 from confluent_kafka import KafkaError
 
 __all__ = [
+    "LEADERLESS",
     "MAX_MESSAGE_BYTES",
-    "PASSING",
     "consumer_settings",
     "instance_id",
+    "passes",
     "producer_settings",
     "reader_settings",
     "transactional_settings",
 ]
 
-PASSING: Final = frozenset(
+_PASSING: Final = frozenset(
     {
         KafkaError._PARTITION_EOF,
         KafkaError._ALL_BROKERS_DOWN,
@@ -30,7 +31,21 @@ PASSING: Final = frozenset(
         KafkaError.LEADER_NOT_AVAILABLE,
     }
 )
-"""What librdkafka gets over by itself: it reconnects for ever."""
+
+LEADERLESS: Final = frozenset(
+    {
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.OFFSET_NOT_AVAILABLE,  # a new leader does not yet know how far the log was replicated (KIP-207)
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_PARTITION,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._NOENT,  # list_offsets' "No leaders found"
+    }
+)
+"""What a broker says of a topic that was created a moment ago, or of a partition whose leader has just gone."""
 
 MAX_MESSAGE_BYTES: Final = 8_454_144
 """The largest message of any topic: dead-letters' (schemas.topics). Each topic's own limit is held by the processor."""
@@ -58,6 +73,11 @@ _PRODUCER: Final[Mapping[str, Any]] = {
     # Avro of similar events shrinks to a third at little cost; the broker stores batches as they come.
     "compression.type": "lz4",
 }
+
+
+def passes(error: KafkaError) -> bool:
+    """Whether a consumer gets over it by itself: it reconnects for ever. A partition's end counts too."""
+    return bool(error.retriable()) or error.code() in _PASSING
 
 
 def instance_id(group: str, slot: int | str) -> str:

@@ -24,26 +24,12 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 from schemas.record import Record
 from streams.changelog import STATE_PREFIX, Restored
 from streams.errors import ClusterError, RestoreCancelledError, StateError
-from streams.kafka import reader_settings
+from streams.kafka import LEADERLESS, passes, reader_settings
 
 __all__ = ["restore"]
 
 _LEADER_TIMEOUT_S: Final = 30.0
 _LEADER_POLL_S: Final = 0.05
-_NO_LEADER_YET: Final = frozenset(
-    {
-        KafkaError.LEADER_NOT_AVAILABLE,
-        KafkaError.NOT_LEADER_FOR_PARTITION,
-        KafkaError.FENCED_LEADER_EPOCH,
-        KafkaError.UNKNOWN_LEADER_EPOCH,
-        KafkaError.OFFSET_NOT_AVAILABLE,  # a new leader does not yet know how far the log was replicated (KIP-207)
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_PARTITION,
-        KafkaError._UNKNOWN_TOPIC,
-        KafkaError._NOENT,  # list_offsets' "No leaders found"
-    }
-)
-"""What a broker says of a topic that was created a moment ago, or of a partition whose leader has just gone."""
 _BATCH: Final = 500
 """Few enough to lie in the processor's cache: 10,000 take a third more CPU."""
 _POLL_S: Final = 0.1
@@ -128,7 +114,7 @@ class _Restore:
                 try:
                     ends[place.topic, place.partition] = future.result().offset
                 except KafkaException as error:
-                    if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > leaders_by:
+                    if error.args[0].code() not in LEADERLESS or time.monotonic() > leaders_by:
                         raise
                     leaderless.append(place)
             if not leaderless:
@@ -195,7 +181,6 @@ def _is_end(message: Message) -> bool:
     """
     error = message.error()
     assert error is not None
-    code = error.code()
-    if code != KafkaError._PARTITION_EOF and not error.retriable() and code not in _NO_LEADER_YET:
+    if not passes(error) and error.code() not in LEADERLESS:
         raise KafkaException(error)
-    return bool(code == KafkaError._PARTITION_EOF)
+    return bool(error.code() == KafkaError._PARTITION_EOF)

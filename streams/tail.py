@@ -21,7 +21,7 @@ from schemas.codec import Codec
 from schemas.errors import RegistryError, SchemaError
 from schemas.metadata import Envelope
 from schemas.record import Record
-from streams.kafka import PASSING, reader_settings
+from streams.kafka import passes, reader_settings
 
 __all__ = ["Heard", "Projection", "Tail"]
 
@@ -121,7 +121,7 @@ class Tail:
                         heard += self._decoded(message)
                     elif error.code() == KafkaError._PARTITION_EOF:
                         waiting.discard(message.partition())
-                    elif not error.retriable() and error.code() not in PASSING:
+                    elif not passes(error):
                         raise KafkaException(error)
                 if heard and not self._stop.is_set():
                     self._on_heard(heard)
