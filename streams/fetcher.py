@@ -105,7 +105,8 @@ class Fetcher:
         self._alive = threading.Lock()
         self._closing = False
         self._rebalancing = False
-        self._consumer = Consumer(dict(settings))
+        self._settings = dict(settings)
+        self._consumer = Consumer(self._settings)
         self.finished: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, name=f"{self._name}-fetch", daemon=True)
 
@@ -150,8 +151,8 @@ class Fetcher:
 
         The member id is asked for second: had the membership been lost before the metadata was read, it would be empty,
         because only the listener's ``revoked``, which needs the loop's thread too, lets the consumer join again. A
-        transaction with the metadata of no member would not be fenced. Where ``revoked`` took too long the consumer
-        does join again; that is known before it does, so it is asked last.
+        transaction with the metadata of no member would not be fenced. Where partitions were lost, or ``revoked`` took
+        too long, the consumer does join again before; that is known before it does, so it is asked last.
         """
         with self._alive:
             if self._closing and not self._rebalancing:
@@ -214,25 +215,63 @@ class Fetcher:
     def _main(self) -> None:
         error: Exception | None = None
         try:
-            self._consumer.subscribe(
-                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-            )
+            while not self._stopping.is_set():
+                self._work()
+        except Exception as caught:  # noqa: BLE001 - handed over to the loop's thread
+            error = caught
+        try:
+            self._close()
+        except Exception as caught:  # noqa: BLE001 - the same
+            error = error or caught
+        self._loop.call_soon_threadsafe(self._finish, error)
+
+    def _work(self) -> None:
+        """Be a member until told to stop, or until only a new client can be one."""
+        self._consumer.subscribe(
+            self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+        try:
             while not self._stopping.is_set():
                 self._add_ready()
                 self._steer()
                 if self._missing:
                     self._look_for_missing()
                 self._take_in(self._next())
-        except Exception as caught:  # noqa: BLE001 - handed over to the loop's thread
-            error = caught
+        except (FencedError, KafkaException) as error:
+            if not self._fenced_itself(error):
+                raise
+            log.warning("%s: its session timed out, and it was taken for its own rival; joins anew", self._name)
+            self._begin_anew()
+
+    def _fenced_itself(self, error: Exception) -> bool:
+        """Whether it was not another process that fenced this one.
+
+        A client whose session times out forgets its member id, and may send one more heartbeat before it joins again.
+        A broker that still has the member says FENCED_INSTANCE_ID to that, which ends the client for good (librdkafka's
+        issue 3437). It happens where the broker or the coordinator was away for the session's timeout. A member that
+        was really fenced still has its id.
+        """
+        if isinstance(error, KafkaException):
+            error = _meaning(self._name, error.args[0])
+        return isinstance(error, FencedError) and not self._consumer.memberid()
+
+    def _begin_anew(self) -> None:
+        """Take a new client. Where the old one could not tell what it had lost, the listener hears it here."""
+        places = sorted({*self._assigned, *self._handover.restoring})
+        if places:
+            self._handover.give_up(self._consumer, places, lost=True)
+        self._assigned.clear()
+        self._paused.clear()
+        self._close()
+        with self._alive:
+            self._consumer = Consumer(self._settings)
+            self._closing = False
+
+    def _close(self) -> None:
         with self._alive:
             self._closing = True
-        try:
-            self._handover.end()
-            self._consumer.close()
-        except Exception as caught:  # noqa: BLE001 - the same
-            error = error or caught
-        self._loop.call_soon_threadsafe(self._finish, error)
+        self._handover.end()
+        self._consumer.close()
 
     def _add_ready(self) -> None:
         placed = self._handover.ready()
@@ -333,10 +372,22 @@ class Fetcher:
         places = [(partition.topic, partition.partition) for partition in partitions]
         self._rebalancing = self._taken_away = True
         try:
-            self._handover.give_up(consumer, places, lost=lost)
+            if lost:
+                # Before the listener hears of it: until this the client sends heartbeats without a member id, for
+                # which it is fenced (see _fenced_itself).
+                with self._handover.telling_later():
+                    try:
+                        self._unassign(consumer, places)
+                    finally:
+                        self._handover.give_up(consumer, places, lost=True)
+            else:
+                self._handover.give_up(consumer, places, lost=False)
+                self._unassign(consumer, places)
         finally:
             with self._alive:
                 self._rebalancing = False
+
+    def _unassign(self, consumer: Consumer, places: Sequence[Place]) -> None:
         # Those that were still being restored were never added.
         ours = [self._assigned.pop(place) for place in places if place in self._assigned]
         if paused := self._paused.intersection(places):

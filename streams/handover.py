@@ -10,9 +10,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from confluent_kafka import Consumer, Message, TopicPartition
@@ -105,8 +106,19 @@ class Handover:
 
     @property
     def unsettled(self) -> bool:
-        """Partitions went that the listener could not be told of in time. Nothing may be committed until it was."""
+        """Partitions went that the listener has not been told of yet. Nothing may be committed until it was."""
         return self._unsettled > 0
+
+    @contextmanager
+    def telling_later(self) -> Iterator[None]:
+        """Within it partitions may go before the listener hears of them: :attr:`unsettled` is true."""
+        with self._counting:
+            self._unsettled += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._unsettled -= 1
 
     def begin(self, consumer: Consumer, places: Sequence[Place]) -> None:
         """Restore ``places`` in the background; :meth:`ready` has them when the listener owns them."""

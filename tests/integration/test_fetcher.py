@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ async def fetching(
     changes = options.pop("settings", {})
     settings = {**consumer_settings(kafka.config, group, slot, session_timeout_ms=6000), **changes}
     options.setdefault("max_in_flight", 1000)
-    listener.fetcher = fetcher = Fetcher(settings, topics, listener, **options)
+    listener.fetcher = fetcher = options.pop("kind", Fetcher)(settings, topics, listener, **options)
     fetcher.start()
     try:
         yield listener
@@ -125,12 +125,21 @@ async def fetching(
 
 
 def produce(kafka: Any, topic: str, count: int, partition: int = 0, size: int = 100) -> None:
-    producer = Producer({**kafka.config, "linger.ms": 20, "queue.buffering.max.messages": 1_000_000})
+    producer = Producer(
+        {**kafka.config, "linger.ms": 20, "queue.buffering.max.messages": 1_000_000, "enable.idempotence": True}
+    )
+    failed = []
+
+    def delivered(error: object, _: Message) -> None:
+        if error is not None:
+            failed.append(error)
+
     for number in range(count):
-        producer.produce(topic, b"%d" % number + bytes(size), partition=partition)
+        producer.produce(topic, b"%d" % number + bytes(size), partition=partition, on_delivery=delivered)
         if number % 10_000 == 0:
             producer.poll(0)
     assert producer.flush(30) == 0
+    assert not failed
 
 
 def wait_or_cancel(go: threading.Event) -> Callable[[Sequence[Place], threading.Event], None]:
@@ -386,23 +395,56 @@ async def test_a_stuck_loop_loses_its_partitions_and_learns_of_it_before_it_comm
             member.join()
 
 
+class LateFetcher(Fetcher):
+    """Its thread does not get to poll for a while when its session has timed out."""
+
+    late = False
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.late = True
+        time.sleep(3)
+        super()._on_lost(consumer, partitions)
+
+
 async def test_a_broker_out_of_reach_costs_the_partitions_only_for_as_long(kafka: Any, tmp_path: Path) -> None:
+    # A client whose session has timed out sends heartbeats without its member id until it is told that its partitions
+    # are given up. A broker that is back by then fences it for that.
+    async def slowly(_: bool) -> None:
+        await asyncio.sleep(3)
+
+    # Whether it still knows the member then is chance, so several try.
+    quick, slow, late = ["quick"], ["slow-1", "slow-2", "slow-3"], ["late-1", "late-2", "late-3"]
     with EmbeddedBroker(tmp_path) as broker:
         kafka = type(kafka)(broker.bootstrap_servers)
-        topic = kafka.topic("fetch")
-        produce(kafka, topic, 100)
-        async with fetching(kafka, "group", [topic]) as listener:
-            await listener.until(lambda: listener.count(topic) == 100)
+        async with AsyncExitStack() as stack:
+            listeners: dict[str, Listener] = {}
+            for name in quick + slow + late:
+                kafka.create_topics(name)
+                produce(kafka, name, 100)
+                kind = LateFetcher if name in late else Fetcher
+                listeners[name] = await stack.enter_async_context(fetching(kafka, name, [name], kind=kind))
+                if name in slow:
+                    listeners[name].revoked_as = slowly
+            for name, listener in listeners.items():
+                await listener.until(lambda: listener.count(name) == 100)  # noqa: B023 - it is awaited here
             os.kill(broker.pid, signal.SIGSTOP)
             try:
-                # Its session times out on this side too.
-                await listener.until(lambda: ("lost", ((topic, 0),)) in listener.told)
-                assert listener.owned == set()
+                # Their sessions time out on this side too.
+                for name, listener in listeners.items():
+                    if name in late:
+                        await listener.until(lambda: listener.fetcher.late)  # type: ignore[attr-defined]  # noqa: B023
+                    else:
+                        await listener.until(lambda: ("lost", ((name, 0),)) in listener.told)  # noqa: B023
+                assert listeners["quick"].owned == set()
             finally:
                 os.kill(broker.pid, signal.SIGCONT)
-            produce(kafka, topic, 100)
-            await listener.until(lambda: listener.count(topic) == 200, timeout_s=60)
-            assert listener.received_of[topic, 0] == list(range(200))
+            back = time.monotonic()
+            for name, listener in listeners.items():
+                await asyncio.to_thread(produce, kafka, name, 100)
+                await listener.until(lambda: listener.count(name) == 200)  # noqa: B023
+                assert listener.received_of[name, 0] == list(range(200))
+                assert [what for what, _ in listener.changes] == ["assigned", "lost", "assigned"]
+            assert time.monotonic() - back < 20
 
 
 async def test_a_topic_that_is_deleted_is_named(kafka: Any) -> None:
