@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from streams.alerting import Thresholds
+from streams.rules import Thresholds
 
 __all__ = ["ENV_PREFIX", "SECURITY_FIELDS", "AlertSettings", "ClusterSettings", "variable"]
 
@@ -132,7 +132,7 @@ class ClusterSettings(BaseSettings):
 
 
 class AlertSettings(BaseSettings):
-    """When rules raise alerts (:data:`streams.alerting.RULES`)."""
+    """When rules raise alerts (:data:`streams.rules.RULES`)."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 

@@ -29,8 +29,8 @@ from schemas.events import (
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import key_of, topic_name
-from streams.alerting import STEP_MS, Sample
 from streams.directory import SILENT_AFTER_MS
+from streams.figures import STEP_MS, Sample
 from streams.kafka import producer_settings, reader_settings, transactional_settings
 from tests.integration.conftest import clean_environment
 from tests.unit.alert_log import minutes, placed, taken

@@ -5,20 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from schemas.events import ProcessorStats
-from streams.alerting import (
-    EVERYBODY,
-    STEP_MS,
-    WINDOW_MS,
-    Alert,
-    Figures,
-    Sample,
-    Spending,
-    Thresholds,
-    Watch,
-    forget,
-    judge_spending,
-    judge_window,
-)
+from streams.alerting import EVERYBODY, Spending, Watch, forget, judge_spending, judge_window
+from streams.figures import Figures, Sample, windows_with
+from streams.rules import Alert, Thresholds
 
 START_MS = 1_767_225_600_000
 
@@ -51,8 +40,7 @@ class AlertLog:
         self.windows = {key: each for key, each in self.windows.items() if key[0] != agent or key[2] > watch.judged_ms}
         if reached:
             self._forget(sample.at_ms)
-        first = sample.at_ms - sample.at_ms % STEP_MS + STEP_MS
-        for end_ms in range(first, first + WINDOW_MS, STEP_MS):
+        for end_ms in windows_with(sample.at_ms):
             key = agent, instance, end_ms
             self.windows[key] = self.windows.get(key, Figures()) + sample
 

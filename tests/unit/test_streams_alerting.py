@@ -10,23 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.events import AlertCleared, AlertRaised, Severity
-from streams.alerting import (
-    EVERYBODY,
-    GRACE_MS,
-    RULES,
-    SILENT_MS,
-    STEP_MS,
-    WINDOW_MS,
-    Alert,
-    Figures,
-    Sample,
-    Scope,
-    Spending,
-    Thresholds,
-    Watch,
-    conflict_of,
-    judge_spending,
-)
+from streams.alerting import EVERYBODY, GRACE_MS, SILENT_MS, Spending, Watch, conflict_of, judge_spending
+from streams.figures import STEP_MS, WINDOW_MS, Figures, Sample
+from streams.rules import RULES, Alert, Scope, Thresholds
 from tests.unit.alert_log import START_MS, AlertLog, minutes, placed, second, taken
 
 FINE: dict[str, Any] = {"events_in": 10, "events_out": 10, "p50_ms": 10.0, "p99_ms": 40.0}
