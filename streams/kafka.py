@@ -13,6 +13,7 @@ __all__ = [
     "LEADERLESS",
     "MAX_MESSAGE_BYTES",
     "consumer_settings",
+    "guest_settings",
     "instance_id",
     "passes",
     "producer_settings",
@@ -58,6 +59,9 @@ _COMMON: Final[Mapping[str, Any]] = {
     "log.connection.close": False,
 }
 
+_STRATEGY: Final = "cooperative-sticky"
+"""Only what moves is revoked; the other partitions go on through a rebalance."""
+
 _PRODUCER: Final[Mapping[str, Any]] = {
     **_COMMON,
     # Java's default partitioner: a stock Java client puts a task into the same partition (docs/decisions/0003).
@@ -99,8 +103,7 @@ def consumer_settings(
         "group.id": group,
         "group.instance.id": instance_id(group, slot),
         "client.id": instance_id(group, slot),
-        # Only what moves is revoked; the other partitions go on through a rebalance.
-        "partition.assignment.strategy": "cooperative-sticky",
+        "partition.assignment.strategy": _STRATEGY,
         # Offsets go with the transaction, never beside it.
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -130,6 +133,22 @@ def consumer_settings(
         "fetch.error.backoff.ms": 50,
         "allow.auto.create.topics": False,
     }
+
+
+def guest_settings(kafka: Mapping[str, Any], name: str, *, group: str | None = None) -> dict[str, Any]:
+    """The settings of a client that looks at a group for ``name``, or, given ``group``, joins that for a moment."""
+    # What is wrong with the cluster the processor's own clients say; a new one each time would say it each time.
+    settings = {**_COMMON, "log_level": 2, **kafka, "client.id": f"{name}-guest"}
+    if group is not None:
+        # No static member: it leaves the group when it is closed, and is soon forgotten when it can't.
+        settings |= {
+            "group.id": group,
+            "session.timeout.ms": 6000,
+            "partition.assignment.strategy": _STRATEGY,
+            "enable.auto.commit": False,
+            "allow.auto.create.topics": False,
+        }
+    return settings
 
 
 def transactional_settings(kafka: Mapping[str, Any], group: str, slot: int | str) -> dict[str, Any]:

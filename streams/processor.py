@@ -37,9 +37,10 @@ from streams.handling import Handling
 from streams.kafka import consumer_settings, instance_id, transactional_settings
 from streams.lease import Lease
 from streams.messages import Messages
+from streams.ownerless import OwnerWatch
 from streams.parking import Parking
 from streams.partition import Partition, Work
-from streams.state import StateCodec, ensure_changelogs
+from streams.state import StateCodec, changelog_topic, ensure_changelogs
 from streams.stats import Stats
 from streams.suspects import Suspects, owner_left, owner_marker
 from streams.takeover import take_over
@@ -115,6 +116,7 @@ class Processor:
         self._failure: BaseException | None = None
         self._joined = False
         self._fetcher: Fetcher
+        self._owner_watch: OwnerWatch
         self._dispatcher: Dispatcher[Work]
         self._transactor: Transactor
         self._committer: Committer
@@ -172,6 +174,7 @@ class Processor:
             for task in background:
                 task.add_done_callback(self._task_done)
             self._fetcher.start()
+            self._owner_watch.start()
             try:
                 await self._stop.wait()
                 if self._failure is None:
@@ -215,6 +218,13 @@ class Processor:
             max_in_flight=binding.max_in_flight,
         )
         self._fetcher.finished.add_done_callback(self._fetcher_finished)
+        self._owner_watch = OwnerWatch(
+            self.name,
+            self._kafka,
+            binding.group,
+            binding.topics,
+            away_topic=changelog_topic(binding.group, binding.topics[0]),
+        )
         self._committer = Committer(
             self.name,
             self._transactor,
@@ -263,6 +273,7 @@ class Processor:
         return max(self._fetcher.in_flight - held + parked, int(self._committer.pending))
 
     async def _leave(self) -> None:
+        self._owner_watch.stop()
         self._fetcher.stop()
         # Closing the consumer calls `revoked`, which commits what is finished.
         await asyncio.wait([self._fetcher.finished])
