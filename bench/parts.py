@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, inflight, latency, pipeline, priority, restore, sinks, slow, step
+from bench import codec, inflight, latency, monitor, pipeline, priority, restore, sinks, slow, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -106,6 +106,10 @@ def _restore(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return restore.measure(bootstrap_servers, lanes=scale.lanes, rounds=scale.rounds, log=_log)
 
 
+def _monitor(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return monitor.measure(bootstrap_servers, samples=scale.events)
+
+
 def _pipeline(_: str, scale: Scale) -> list[Figure]:
     return pipeline.measure(tasks=scale.tasks, rounds=scale.rounds, log=_log)
 
@@ -120,5 +124,6 @@ PARTS: tuple[Part, ...] = (
     Part("clickhouse", True, _clickhouse),
     Part("milvus", True, _milvus),
     Part("restore", True, _restore),
+    Part("monitor", True, _monitor),
     Part("pipeline", False, _pipeline),
 )
