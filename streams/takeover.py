@@ -23,6 +23,16 @@ __all__ = ["take_over"]
 _RESTORE_S: Final = 120.0
 _COMMITTED_S: Final = 60.0
 _SLICE_S: Final = 0.9
+_AGAIN_S: Final = 0.05
+_PASSING: Final = frozenset(
+    {
+        KafkaError._TIMED_OUT,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    }
+)
+"""The coordinator is away or moves. The client asks for the new one, but not again for what was to be known."""
 
 
 def take_over(
@@ -71,10 +81,11 @@ def _committed(
             cause: KafkaError = error.args[0]
             if cancelled.is_set():
                 raise RestoreCancelledError(f"{group}: the partitions went away meanwhile") from error
-            if not cause.retriable() and cause.code() != KafkaError._TIMED_OUT:
+            if cause.code() not in _PASSING:
                 raise ClusterError(f"{group}: committed offsets can't be had: {cause.str()}") from error
             if time.monotonic() > deadline:
                 raise ClusterError(f"{group}: no committed offsets within {_COMMITTED_S:g} s: {cause.str()}") from error
+            cancelled.wait(_AGAIN_S)
     for place in committed:
         if place.error is not None:
             raise ClusterError(f"{group}: {place.topic}[{place.partition}]: {place.error.str()}")
