@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, Producer, TopicPartition
 
 from magnatronic.broker import EmbeddedBroker
 from streams.dispatch import HIGH, LOW, NORMAL, rank_of
@@ -44,7 +44,15 @@ class Listener:
     def prepare(
         self, consumer: Consumer, partitions: Sequence[TopicPartition], cancelled: threading.Event
     ) -> list[Place]:
-        assert not any(at.error for at in consumer.committed(list(partitions), timeout=20))
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert not any(at.error for at in consumer.committed(list(partitions), timeout=1))
+                break
+            except KafkaException:
+                # The coordinator may be another by now, or not be up yet.
+                if cancelled.wait(0.1) or time.monotonic() > deadline:
+                    raise
         places = [(at.topic, at.partition) for at in partitions]
         self.prepare_as(places, cancelled)
         return places
@@ -92,6 +100,8 @@ class Listener:
     async def until(self, true: Callable[[], object], timeout_s: float = 30) -> None:
         async with asyncio.timeout(timeout_s):
             while not true():
+                if self.fetcher.finished.done():
+                    self.fetcher.finished.result()
                 self.moved.clear()
                 try:
                     async with asyncio.timeout(0.05):

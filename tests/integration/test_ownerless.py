@@ -4,14 +4,17 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupState, TopicPartition
+from confluent_kafka.admin import NewPartitions
 
 from streams.fetcher import Fetcher
 from streams.kafka import consumer_settings, instance_id
 from streams.ownerless import OwnerWatch
+from tests.support.processors import bench_on
 
 Place = tuple[str, int]
 
@@ -159,21 +162,52 @@ async def test_partitions_of_nobody_are_shared_out_and_the_others_stay(
         assert f"{topic}[{number}]" in warned[0]
 
 
-async def test_a_topic_that_a_restarted_member_is_the_first_to_read_is_shared_out(kafka: Any) -> None:
+async def test_processors_share_out_what_is_nobodys_and_do_each_event_once(
+    kafka: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("streams.processor.OwnerWatch", partial(OwnerWatch, interval_s=1.0))
+    bench = bench_on(kafka)
+    dying = DiesBetweenTheRounds(kafka, bench.binding.group, bench.topic, 0)
+    try:
+        await until(dying.joined.is_set)
+        async with bench.running(slot=1) as second:
+            await until(dying.revoking.is_set)
+            await until(lambda: owned_in(kafka, bench.binding.group))
+            async with bench.running(slot=0) as first:
+                await until(lambda: first.partitions)
+                dying.replaced.set()
+                for number in range(90):
+                    bench.send(f"t{number % 30}", "wait")
+                bench.flush()
+                await until(lambda: first.stats.events_in + second.stats.events_in >= 90)
+                assert len(first.partitions) == 2
+                assert len(second.partitions) == 1
+                for each in (first, second):
+                    assert each.stats.revoked == each.stats.lost == 0
+    finally:
+        dying.replaced.set()
+        dying.thread.join()
+    assert bench.results() == {f"t{number}": ["1", "2", "3"] for number in range(30)}
+    assert any("belong to nobody" in message for message in caplog.messages)
+
+
+async def test_what_is_new_while_members_restart_is_shared_out(kafka: Any) -> None:
     topic, new, group = kafka.topic("old", partitions=2), kafka.topic("new", partitions=2), kafka.unique("group")
     async with AsyncExitStack() as stack:
         async with member(kafka, group, [topic], 0) as before, member(kafka, group, [topic], 1) as also_before:
             await until(lambda: len(before.owned) == len(also_before.owned) == 1)
-        # Back in their slots within their session, they get what they had, without a rebalance.
+        # Back in their slots within their session, they get what they had, without a rebalance: neither the topic that
+        # they did not read before nor the partitions that were added in between.
+        kafka.admin.create_partitions([NewPartitions(topic, 4)])[topic].result(20)
         members = [await stack.enter_async_context(member(kafka, group, [topic, new], slot)) for slot in (0, 1)]
         await until(lambda: all(each.owned for each in members))
         await asyncio.sleep(1)
         assert owned_in(kafka, group) == {f"{group}-{slot}": each.owned for slot, each in enumerate(members)}
-        assert not any(place[0] == new for each in members for place in each.owned)
+        assert members[0].owned | members[1].owned == {(topic, 0), (topic, 1)}
         for slot in (0, 1):
             await stack.enter_async_context(watched(kafka, group, [topic, new], slot))
-        await until(lambda: sum(len(each.owned) for each in members) == 4)
-        assert all(len(each.owned) == 2 for each in members)
+        await until(lambda: sum(len(each.owned) for each in members) == 6)
+        assert all(len(each.owned) == 3 for each in members)
         assert not any(what == "lost" for each in members for what, _ in each.told)
 
 
