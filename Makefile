@@ -10,7 +10,13 @@ SYNC := $(UV) pip sync --python $(BIN)/python --require-hashes
 # With the development packages there, the other targets use them too: they hold all of the runtime's.
 INSTALLED := $(VENV)/.installed-$(if $(wildcard $(VENV)/.packages-dev),dev,runtime)
 
+# Some images keep Python from writing bytecode; every process would compile its modules again, which takes seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
+
+# Three for two cores, since many tests wait. tests/conftest.py says which stay together, and which go first.
+PYTEST := pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test chaos bench lint lock clean
 .DEFAULT_GOAL := demo
@@ -20,8 +26,11 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/magnatronic demo
 
-test: $(VENV)/.installed-dev
-	@$(call run_all,$(LINTS) "pytest -n 2 --dist loadfile")
+# What the lints say comes after what pytest says, beside which they run.
+test: $(VENV)/.installed-dev $(VENV)/kafka.aot
+	@said=$$(mktemp); ($(call run_all,$(LINTS))) > $$said 2>&1 & lints=$$!; \
+	($(call run_all,"$(PYTEST)")); tests=$$?; \
+	wait $$lints; lints=$$?; cat $$said; rm $$said; exit $$((tests || lints))
 
 # The long run: faults against a million events. tests/chaos/__main__.py lists the options, such as CHAOS_BROKERS=3.
 chaos: $(VENV)/.installed-dev
@@ -61,6 +70,11 @@ $(VENV)/.packages-%: requirements/%.txt $(VENV)/.uv
 $(VENV)/.installed-%: $(VENV)/.packages-% pyproject.toml
 	@$(UV) pip install --python $(BIN)/python --offline --no-deps --no-build-isolation --editable .
 	@touch $@
+
+$(VENV)/kafka.aot: requirements/dev.txt tests/support/java_cache.py magnatronic/broker/jars.json \
+  magnatronic/broker/node.py | $(VENV)/.installed-dev
+	@echo "preparing Java"
+	@$(BIN)/python -m tests.support.java_cache
 
 .SECONDARY:
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import socket
 import tarfile
 import tempfile
@@ -10,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 import pytest
@@ -20,12 +21,75 @@ from magnatronic.broker import EmbeddedBroker
 from magnatronic.broker.artifacts import Artifact, ArtifactSet
 from magnatronic.broker.java import find_java
 from magnatronic.broker.process import LOCALHOST, JavaProcess, free_ports
+from tests.support import java_cache
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 APICURIO = Artifact(
     "io.apicurio:apicurio-registry-app:3.3.3:all:tar.gz",
     "8bc6751c76d963734224b01d5e7f84ccb3cb61c87d3bd77c36c35f10a5cbed63",
     158_577_952,
 )
+
+
+SYSTEM_FILES: Final = (
+    "test_client_live.py",
+    "test_system_commands.py",
+    "test_dlq_redrive.py",
+    "test_observability.py",
+    "test_monitor_process.py",
+)
+"""Those that use the session's system: they run in one go, since a system takes half a core even when it idles."""
+
+LONGEST: Final = (
+    "test_chaos.py",
+    *SYSTEM_FILES,
+    "test_processor_promises.py",
+    "test_broker.py",
+    "test_fetcher.py",
+    "test_processor_faults.py",
+    "test_system_crash.py",
+    "test_clickhouse_sink.py",
+    "test_secured_cluster.py",
+    "test_broker_crash.py",
+    "test_monitor.py",
+    "test_processor.py",
+    "test_system_cluster.py",
+    "test_watchdog_processor.py",
+    "test_watchdog.py",
+)
+"""What takes longest runs first: begun last, one file would be waited for by all processes but its own."""
+
+
+def pytest_configure() -> None:
+    os.environ.update(java_cache.options())
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background jobs ignore Ctrl-C, and so would what they start, the commands under test among it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    for item in items:
+        if "system" in getattr(item, "fixturenames", ()) and item.path.name not in SYSTEM_FILES:
+            raise pytest.UsageError(f"{item.path.name} uses the fixture system: name it in {__name__}.SYSTEM_FILES")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadScopeScheduling | None":
+    """With --dist loadfile, a file's tests stay together, and so do all files that use the session's system."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "system" if file.rpartition("/")[2] in SYSTEM_FILES else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

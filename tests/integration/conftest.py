@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from magnatronic.cli import main
 from magnatronic.control import call
+from tests.conftest import SYSTEM_FILES
 from tests.support.otlp import Collector
 
 SCRIPT = Path(sys.executable).with_name("magnatronic")
@@ -145,6 +146,16 @@ class SystemForTests:
                 code = ended.code
         return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), errors.getvalue())
 
+    def end(self) -> None:
+        """Stop it; it must end well. Stopping what was stopped does nothing."""
+        if self.up.running:
+            code, errors = self.up.stop()
+            assert code == 0, errors
+            assert "Traceback" not in errors
+
+
+RUNNING: Final = pytest.StashKey[SystemForTests]()
+
 
 def write_corpus(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +173,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
-def system(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[SystemForTests]:
+def system(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[SystemForTests]:
     folder = tmp_path_factory.mktemp("system")
     traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     up = UpProcess(folder / "data", traced)
@@ -171,13 +184,19 @@ def system(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
         running = SystemForTests(up, write_corpus(folder / "corpus"))
         done = magnatronic("ingest", "--data-dir", str(up.data_dir), str(running.corpus))
         assert done.returncode == 0, done.stderr
+        request.session.stash[RUNNING] = running
         yield running
-        if up.running:
-            code, errors = up.stop()
-            assert code == 0, errors
-            assert "Traceback" not in errors
+        running.end()
     finally:
         up.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The session's system ends with the last test that may use it."""
+    running = item.session.stash.get(RUNNING, None)
+    if running is not None and (nextitem is None or nextitem.path.name not in SYSTEM_FILES):
+        running.end()
 
 
 @pytest.fixture

@@ -86,10 +86,12 @@ async def test_a_handler_that_hangs_is_named_until_it_is_done(kafka: Any) -> Non
 
     running = asyncio.create_task(runner.run())
     try:
+        await bench.until(lambda: bench.agent.name in runner.readiness)  # without a look, no cause is known
         await until(ready, 200)
         bench.send("hangs", "ask")
         for number in range(30):
             bench.send(f"quick-{number}")
+        bench.flush()
         said = await until(ready, 503)
         [cause] = said["causes"]
         assert (cause["kind"], cause["topic"]) == ("stalled", bench.topic)

@@ -109,7 +109,7 @@ async def make(server: Server) -> AsyncIterator[Make]:
     made: list[Any] = []
 
     def create(vendor: str, **options: Any) -> LanguageModel:
-        values: dict[str, Any] = {"api_key": "k-1", "model": MODELS[vendor], "base_url": server.url, "timeout_s": 10.0}
+        values: dict[str, Any] = {"api_key": "k-1", "model": MODELS[vendor], "base_url": server.url}
         model = create_provider(vendor, **{**values, **options})
         made.append(model)
         return model
