@@ -1,29 +1,28 @@
 """An order in topic ``control`` reaches the step, wherever it is: running, waiting, or not assigned yet."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka import Producer
 from pydantic import BaseModel
 
 from agents.agent import Agent
 from agents.context import Context, LlmRequest, LlmResponse, Message, Ports, Purpose
-from schemas.codec import Codec
 from schemas.events import Event, StepAssigned, StepCancelled, StepCancelRequested, StepCompleted
 from schemas.metadata import Metadata
-from schemas.record import Record
 from schemas.topics import all_topics, key_of
 from streams.binding import Binding
 from streams.control import CONTROL_TOPIC
-from streams.kafka import producer_settings, reader_settings
+from streams.kafka import producer_settings
 from streams.runner import Runner
+from tests.support.processors import CODEC, read_committed, until
+from tests.support.steps import completed
 
-CODEC = Codec()
 TOPICS = (CONTROL_TOPIC, "work.results.normal", "effects", "dead-letters", "tasks.lifecycle.normal")
 
 
@@ -40,16 +39,7 @@ class Asker(Agent[BaseModel]):
 
     async def handle(self, event: StepAssigned, ctx: Context[BaseModel]) -> None:
         said = await ctx.llm(LlmRequest(purpose=Purpose.ANSWER, messages=(Message(role="user", content="?"),)))
-        ctx.emit(
-            StepCompleted(
-                task_id=event.task_id,
-                step_id=event.step_id,
-                attempt=event.attempt,
-                capability=event.capability,
-                objective=event.objective,
-                answer=said.text,
-            )
-        )
+        ctx.emit(completed(event, said.text))
 
 
 class SlowModel:
@@ -104,19 +94,7 @@ class Scene:
 
     def told(self, topic: str, kind: type[Event]) -> list[Any]:
         """This scene's agent's committed events of one kind."""
-        consumer = Consumer(reader_settings(self.kafka.config, f"test-{uuid4()}"))
-        found = []
-        try:
-            waiting = set(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
-            consumer.assign([TopicPartition(topic, number, 0) for number in waiting])
-            while waiting:
-                for message in consumer.consume(1000, 0.3):
-                    if (error := message.error()) is None:
-                        found.append(CODEC.decode(Record.from_message(message)))
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        waiting.discard(message.partition())
-        finally:
-            consumer.close()
+        found = map(CODEC.decode, read_committed(self.kafka.config, topic))
         source = self.binding.agent.source
         return [each.event for each in found if each.metadata.source == source and isinstance(each.event, kind)]
 
@@ -127,12 +105,6 @@ class Scene:
 
     def completed(self) -> list[str]:
         return [event.step_id for event in self.told("work.results.normal", StepCompleted)]
-
-
-async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(40):
-        while not done():  # noqa: ASYNC110 - what is waited for is in the log
-            await asyncio.sleep(0.05)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from itertools import count
@@ -12,48 +12,22 @@ from uuid import uuid4
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
-from pydantic import BaseModel
 
-from agents.agent import Agent
-from agents.context import Context
 from magnatronic.broker import EmbeddedBroker
 from magnatronic.broker.process import free_ports
-from schemas.codec import Codec
-from schemas.events import StepAssigned, StepCompleted
+from schemas.events import StepAssigned
 from schemas.metadata import Metadata
-from schemas.record import Record
 from streams.binding import Binding
 from streams.errors import FencedError, MissingTopicError, ProcessorError
-from streams.kafka import producer_settings, reader_settings
+from streams.kafka import producer_settings
 from streams.processor import Processor
 from streams.runner import Runner
+from tests.support.processors import CODEC, read_committed, until
+from tests.support.steps import Echo
 
-CODEC = Codec()
 PARTITIONS = 2
 RESULTS = "work.results.normal"
 TOPICS = (RESULTS, "effects", "dead-letters", "tasks.lifecycle.normal")
-
-
-class Echo(Agent[BaseModel]):
-    version = "1"
-    consumes = (StepAssigned,)
-    emits = (StepCompleted,)
-
-    def __init__(self, name: str) -> None:
-        self.name = name  # type: ignore[misc]
-
-    async def handle(self, event: StepAssigned, ctx: Context[BaseModel]) -> None:
-        await asyncio.sleep(0.002)
-        ctx.emit(
-            StepCompleted(
-                task_id=event.task_id,
-                step_id=event.step_id,
-                attempt=1,
-                capability=event.capability,
-                objective=event.objective,
-                answer=event.objective,
-            )
-        )
 
 
 class Cluster:
@@ -97,7 +71,7 @@ class Scene:
         self.cluster = cluster
         self.topic = f"work-{uuid4().hex[:8]}.normal"
         cluster.create(self.topic)
-        self.binding = Binding(Echo(f"echo-{uuid4().hex[:8]}"), (self.topic,))
+        self.binding = Binding(Echo(f"echo-{uuid4().hex[:8]}", pause_s=0.002), (self.topic,))
         self.sent: list[str] = []
         self._numbers = count()
         self._producer = Producer(producer_settings(cluster.kafka, "scene"))
@@ -125,32 +99,15 @@ class Scene:
 
     def results(self, topic: str = RESULTS) -> Counter[str]:
         """How often each step was completed, of those that this scene's agent did."""
-        found: Counter[str] = Counter()
-        consumer = Consumer(reader_settings(self.cluster.kafka, f"test-{uuid4()}"))
-        try:
-            waiting = set(range(PARTITIONS))
-            consumer.assign([TopicPartition(topic, number, 0) for number in waiting])
-            while waiting:
-                for message in consumer.consume(1000, 0.5):
-                    if (error := message.error()) is None:
-                        envelope = CODEC.decode(Record.from_message(message))
-                        if envelope.metadata.source == self.binding.agent.source:
-                            found[getattr(envelope.event, "step_id", topic)] += 1
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        waiting.discard(message.partition())
-        finally:
-            consumer.close()
-        return found
+        decoded = map(CODEC.decode, read_committed(self.cluster.kafka, topic))
+        mine = (each.event for each in decoded if each.metadata.source == self.binding.agent.source)
+        return Counter(getattr(event, "step_id", topic) for event in mine)
 
     def dead_letters(self) -> int:
         return self.results("dead-letters").total()
 
-    async def all_are_done(self, running: "asyncio.Task[None]", timeout_s: float = 60) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not self.results().keys() >= set(self.sent):
-                if running.done():
-                    running.result()
-                await asyncio.sleep(0.2)
+    async def all_are_done(self, running: "asyncio.Task[None]") -> None:
+        await until(lambda: self.results().keys() >= set(self.sent), running=running, timeout_s=60)
 
     def committed(self) -> int:
         """How many events the group is through with, by its offsets."""
@@ -176,12 +133,6 @@ async def running(work: Processor | Runner) -> AsyncIterator["asyncio.Task[None]
         work.stop()
         with suppress(ProcessorError):
             await task
-
-
-async def until(done: Callable[[], bool], timeout_s: float = 40) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not done():  # noqa: ASYNC110 - what is waited for sets no event
-            await asyncio.sleep(0.05)
 
 
 def once(steps: Sequence[str]) -> Counter[str]:

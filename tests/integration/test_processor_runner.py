@@ -5,45 +5,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
-from pydantic import BaseModel
+from confluent_kafka import Producer
 
-from agents.agent import Agent
-from agents.context import Context
-from schemas.codec import Codec
-from schemas.events import AgentHeartbeat, AgentRegistered, Health, ProcessorStats, StepAssigned, StepCompleted
+from schemas.events import AgentHeartbeat, AgentRegistered, Health, ProcessorStats, StepAssigned
 from schemas.metadata import Metadata, deterministic_id
-from schemas.record import Record
 from schemas.topics import topic_of
 from streams.binding import Binding
 from streams.directory import AgentDirectory
 from streams.errors import FencedError, MissingTopicError
-from streams.kafka import producer_settings, reader_settings
+from streams.kafka import producer_settings
 from streams.runner import Runner
-
-CODEC = Codec()
-
-
-class Echo(Agent[BaseModel]):
-    version = "1"
-    consumes = (StepAssigned,)
-    emits = (StepCompleted,)
-    capabilities = ("echoing",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name  # type: ignore[misc]
-
-    async def handle(self, event: StepAssigned, ctx: Context[BaseModel]) -> None:
-        ctx.emit(
-            StepCompleted(
-                task_id=event.task_id,
-                step_id=event.step_id,
-                attempt=1,
-                capability=event.capability,
-                objective=event.objective,
-                answer=event.objective,
-            )
-        )
+from tests.support.processors import CODEC, read_committed, until
+from tests.support.steps import Echo
 
 
 class Scene:
@@ -79,22 +52,8 @@ class Scene:
         return Runner(self.bindings, codec=CODEC, kafka=self.kafka.config, **settings)
 
     def told(self, topic: str, chosen: Callable[[Any], bool]) -> list[Any]:
-        consumer = Consumer(reader_settings(self.kafka.config, "test-reader"))
-        found: list[Any] = []
-        try:
-            waiting = set(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
-            consumer.assign([TopicPartition(topic, number, 0) for number in waiting])
-            while waiting:
-                for message in consumer.consume(500, 0.2):
-                    error = message.error()
-                    if error is None:
-                        found.append(CODEC.decode(Record.from_message(message)))
-                    else:
-                        assert error.code() == KafkaError._PARTITION_EOF
-                        waiting.discard(message.partition())
-        finally:
-            consumer.close()
-        return [envelope.event for envelope in found if chosen(envelope)]
+        decoded = map(CODEC.decode, read_committed(self.kafka.config, topic))
+        return [envelope.event for envelope in decoded if chosen(envelope)]
 
 
 @pytest.fixture
@@ -106,20 +65,13 @@ def scene(kafka: Any) -> Scene:
     return Scene(kafka)
 
 
-async def until(done: Callable[[], bool], running: "asyncio.Task[None]", timeout_s: float = 30) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not done():
-            if running.done():
-                running.result()
-            await asyncio.sleep(0.02)
-
-
 async def test_processors_run_side_by_side_and_tell_their_figures(scene: Scene) -> None:
     scene.send(50)
     runner = scene.runner()
     running = asyncio.create_task(runner.run())
     await until(
-        lambda: runner.ready and all(each.stats.events_in == 50 for each in runner.processors.values()), running
+        lambda: runner.ready and all(each.stats.events_in == 50 for each in runner.processors.values()),
+        running=running,
     )
     await asyncio.sleep(2.2)
     runner.stop()
@@ -144,15 +96,13 @@ async def test_processors_announce_themselves_and_their_end(scene: Scene) -> Non
             return [each.health for each in directory.entries() if each.agent in names and each.instance == "here"]
 
         running = asyncio.create_task(runner.run())
-        await until(lambda: health_of_mine() == [Health.READY] * 2, running)
+        await until(lambda: health_of_mine() == [Health.READY] * 2, running=running)
         # One that starts later learns it from the topic.
         with AgentDirectory(scene.kafka.config, CODEC) as later:
             assert {each.agent for each in await later.lookup("echoing")} >= names
         runner.stop()
         await running
-        async with asyncio.timeout(20):
-            while health_of_mine() != [Health.GONE] * 2:  # noqa: ASYNC110 - a thread fills it, which sets no event
-                await asyncio.sleep(0.05)
+        await until(lambda: health_of_mine() == [Health.GONE] * 2)
     told = scene.told(topic_of(AgentRegistered).name, lambda each: each.event.name in names)
     for name in names:
         mine = [each for each in told if each.name == name]
@@ -180,7 +130,7 @@ async def test_a_processor_that_cannot_run_stops_the_others(scene: Scene) -> Non
 async def test_a_fenced_processor_comes_back_once_and_yields_to_a_rival(scene: Scene) -> None:
     runner = scene.runner(telemetry=False)
     running = asyncio.create_task(runner.run())
-    await until(lambda: runner.ready, running)
+    await until(lambda: runner.ready, running=running)
     name = scene.bindings[0].agent.name
     rival_of = scene.bindings[0]
 
@@ -191,10 +141,10 @@ async def test_a_fenced_processor_comes_back_once_and_yields_to_a_rival(scene: S
         del rival
         # The fenced producer notices with its next transaction.
         scene.send(1)
-        await until(lambda: runner.processors[name] is not before, running)
+        await until(lambda: runner.processors[name] is not before, running=running)
 
     await fence()
-    await until(lambda: runner.ready and runner.processors[name].stats.events_in == 1, running)
+    await until(lambda: runner.ready and runner.processors[name].stats.events_in == 1, running=running)
     rival = Producer({**scene.kafka.config, "transactional.id": runner.processors[name].name})
     await asyncio.to_thread(rival.init_transactions, 20)
     scene.send(1)

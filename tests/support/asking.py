@@ -7,7 +7,7 @@ from typing import Any
 from agents.agent import Agent, Failure
 from agents.context import Context, LlmRequest, Message, Purpose
 from schemas.events import StepAssigned, StepCompleted, StepFailed, TimerFired
-from tests.support.processors import Total
+from tests.support.steps import Total
 
 
 def ask(text: str) -> LlmRequest:

@@ -14,12 +14,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
-
 from agents.agent import Agent, Failure
+from agents.answering import step_failed
 from agents.context import Context, LlmRequest, LlmResponse, Message, Purpose
 from agents.errors import EffectFailedError
 from schemas.events import StepAssigned, StepCompleted, StepFailed, TimerFired
+from tests.support.steps import Total, completed
 
 __all__ = [
     "BUSY",
@@ -46,26 +46,6 @@ OVERLOADED: Final = "Overloaded"
 _SLOW_CALL_S: Final = 0.3
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FAILS: Final = {BUSY: 0.03, OVERLOADED: 0.02}
-
-
-class Total(BaseModel):
-    """What both keep a lane: a sum, and how many events it stands for."""
-
-    model_config = ConfigDict(frozen=True)
-
-    sum: int = 0
-    count: int = 0
-
-
-def completed(event: StepAssigned, answer: str) -> StepCompleted:
-    return StepCompleted(
-        task_id=event.task_id,
-        step_id=event.step_id,
-        attempt=event.attempt,
-        capability=event.capability,
-        objective=event.objective,
-        answer=answer,
-    )
 
 
 def set_timer(event: StepAssigned, ctx: Context[Total]) -> None:
@@ -157,16 +137,7 @@ class Caller(Agent[Total]):
 
     async def on_failure(self, event: StepAssigned | TimerFired, failure: Failure, ctx: Context[Total]) -> None:
         assert isinstance(event, StepAssigned), f"{event} failed: {failure}"
-        ctx.emit(
-            StepFailed(
-                task_id=event.task_id,
-                step_id=event.step_id,
-                attempt=event.attempt,
-                error_type=failure.error_type,
-                message=failure.message,
-                retryable=failure.retryable,
-            )
-        )
+        ctx.emit(step_failed(event, failure))
 
 
 class CallLog:
