@@ -147,6 +147,7 @@ class Client:
 
         Raises:
             NotRunningError: nothing runs there.
+            AccessError: the cluster refuses the login.
         """
         from magnatronic.discovery import find_system
 

@@ -11,6 +11,7 @@ from typing import Any
 from magnatronic.control import call
 from magnatronic.settings import Settings
 from schemas.codec import Codec
+from streams.access import check_login
 
 __all__ = ["FoundSystem", "find_system", "make_codec"]
 
@@ -28,15 +29,19 @@ class FoundSystem:
 
 
 def find_system(data_dir: str | Path | None = None) -> FoundSystem:
-    """The system of this process's environment, or on ``data_dir``.
+    """The system of this process's environment, or on ``data_dir``. A cluster was asked whether it lets us in.
 
     Raises:
+        AccessError: the cluster refuses the login; the message says what to set.
+        ClusterError: the cluster does not answer.
         NotRunningError: the settings name no cluster, and nothing runs on the data folder.
         SettingsError: a setting is wrong.
     """
     settings = Settings.load(**({} if data_dir is None else {"data_dir": Path(data_dir)}))
     if not settings.embedded_kafka:
-        return FoundSystem(settings, settings.kafka_client_config())
+        kafka = settings.kafka_client_config()
+        check_login(kafka)
+        return FoundSystem(settings, kafka)
     status = call(settings.data_dir, "status")
     return FoundSystem(settings, settings.kafka_client_config(status["bootstrap_servers"]))
 

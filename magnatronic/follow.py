@@ -24,6 +24,7 @@ from schemas.errors import SchemaError
 from schemas.events import Event
 from schemas.metadata import Metadata
 from schemas.record import Record
+from streams.kafka import passes
 
 __all__ = ["KAFKA_LOGGER", "Follower", "Observed", "Subscription", "consumer_settings", "observe", "read_stored"]
 
@@ -114,7 +115,10 @@ def _partitions(consumer: Consumer, topics: Collection[str]) -> list[TopicPartit
         raise ClusterError(f"no answer from Kafka: {error.args[0].str()}") from error
     missing = sorted(set(topics) - known.keys())
     if missing:
-        raise ClusterError(f"the cluster has no topic {', '.join(missing)}; `magnatronic up` creates the topics")
+        raise ClusterError(
+            f"the cluster has no topic {', '.join(missing)}, or hides it from this user: "
+            "`magnatronic up` creates the topics, docs/security.md has the rights"
+        )
     return [TopicPartition(topic, number) for topic in sorted(topics) for number in sorted(known[topic].partitions)]
 
 
@@ -233,7 +237,7 @@ class Follower:
                     error = message.error()
                     if error is None:
                         self._dispatch(message)
-                    elif not _passing(error):
+                    elif not passes(error):
                         raise KafkaException(error)
         except KafkaException as error:
             self._fail(ClusterError(f"following the log: {error.args[0].str()}"))
@@ -281,7 +285,7 @@ def read_stored(
                         yield Record.from_message(message)
                 elif error.code() == KafkaError._PARTITION_EOF:
                     waiting.discard((message.topic(), message.partition()))
-                elif not _passing(error):
+                elif not passes(error):
                     raise ClusterError(f"reading the log: {error.str()}")
             if not waiting and (not caught_up or not messages):
                 caught_up = True
@@ -310,13 +314,3 @@ def _ends(kafka: Mapping[str, Any], places: list[TopicPartition]) -> list[TopicP
         return [TopicPartition(place.topic, place.partition, future.result().offset) for place, future in asked.items()]
     except KafkaException as error:
         raise ClusterError(f"no answer from Kafka: {error.args[0].str()}") from error
-
-
-def _passing(error: KafkaError) -> bool:
-    """Whether librdkafka goes on by itself: it reconnects for ever."""
-    return bool(error.retriable()) or error.code() in (
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._TRANSPORT,
-        KafkaError._PARTITION_EOF,
-        KafkaError._RESOLVE,
-    )

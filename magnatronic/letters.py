@@ -23,6 +23,7 @@ from schemas.events import DeadLettered, DeadLetterResolved
 from schemas.metadata import Metadata
 from schemas.record import Record
 from schemas.topics import topic_of
+from streams.kafka import passes
 
 __all__ = ["DEAD_LETTERS", "Entry", "Filter", "Letter", "LetterReader", "Place", "find"]
 
@@ -243,7 +244,10 @@ class LetterReader:
     def _ends(self, consumer: Consumer) -> dict[int, int]:
         topic = consumer.list_topics(timeout=_TIMEOUT_S).topics.get(DEAD_LETTERS)
         if topic is None:
-            raise ClusterError(f"the cluster has no topic {DEAD_LETTERS}; `magnatronic up` creates the topics")
+            raise ClusterError(
+                f"the cluster has no topic {DEAD_LETTERS}, or hides it from this user: "
+                "`magnatronic up` creates the topics, docs/security.md has the rights"
+            )
         admin = AdminClient(self._kafka, logger=KAFKA_LOGGER)
         asked = admin.list_offsets(
             {TopicPartition(DEAD_LETTERS, number): OffsetSpec.latest() for number in topic.partitions},
@@ -347,10 +351,5 @@ def _poll(consumer: Consumer) -> list[Any]:
 
 
 def _raise_unless_passing(error: KafkaError) -> None:
-    if not error.retriable() and error.code() not in (
-        KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._TRANSPORT,
-        KafkaError._PARTITION_EOF,
-        KafkaError._RESOLVE,
-    ):
+    if not passes(error):
         raise KafkaException(error)

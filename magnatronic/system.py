@@ -34,6 +34,7 @@ from schemas.codec import Codec
 from schemas.events import Evidence, Value
 from sinks.errors import SinkError
 from sinks.runner import SinkRunner
+from streams.access import check_login
 from streams.directory import AgentDirectory
 from streams.open_alerts import OpenAlerts
 from streams.runner import Runner
@@ -110,6 +111,7 @@ class System:
 
         Raises:
             AlreadyRunningError: another process runs on the data folder.
+            AccessError: the cluster refuses the login, or a right is missing.
             BrokerError: the broker or its topics can't be had.
             SinkError: a store can't be opened.
             PartFailedError: a part ended while it started.
@@ -206,6 +208,8 @@ class System:
             servers = self._broker.start().bootstrap_servers
         # librdkafka's own words go where all logs go, not to standard error.
         kafka = {**settings.kafka_client_config(servers), "logger": KAFKA_LOGGER}
+        if not settings.embedded_kafka:
+            check_login(kafka)
         ensure_topics(kafka, partitions=settings.partitions, replication_factor=settings.replication_factor)
         return kafka
 

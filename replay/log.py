@@ -71,7 +71,8 @@ def _read(
                     yield Record.from_message(message)
             elif error.code() == KafkaError._PARTITION_EOF:
                 remaining.discard((message.topic(), message.partition()))
-            elif not error.retriable():
+            # Every consumer asks for its group's coordinator; this one joins no group, and needs no right on one.
+            elif not error.retriable() and error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
                 raise KafkaException(error)
 
 
@@ -79,5 +80,8 @@ def _partitions(consumer: Consumer, topics: Collection[str]) -> set[tuple[str, i
     known = consumer.list_topics(timeout=_METADATA_TIMEOUT_S).topics
     missing = sorted(set(topics) - known.keys())
     if missing:
-        raise LogReadError(f"the cluster has no topic {', '.join(missing)}; `magnatronic up` creates the topics")
+        raise LogReadError(
+            f"the cluster has no topic {', '.join(missing)}, or hides it from this user: "
+            "`magnatronic up` creates the topics, docs/security.md has the rights"
+        )
     return {(topic, partition) for topic in topics for partition in known[topic].partitions}

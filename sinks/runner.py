@@ -60,17 +60,15 @@ _CONSUMER: Final[Mapping[str, Any]] = {
 _ENDS_BACKOFF_S: Final = 0.1
 _BACKLOG_S: Final = 1.0
 
+_NO_RIGHT: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
 _STAYS: Final = frozenset(
     {
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        *_NO_RIGHT,
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError._AUTHENTICATION,
         KafkaError._INVALID_ARG,
     }
 )
-"""Errors of the cluster that trying again does not mend."""
+"""Errors of the cluster that trying again does not mend. A refused login is none: clusters in trouble refuse some."""
 
 
 class Decoder(Protocol):
@@ -360,7 +358,7 @@ class SinkRunner:
         except KafkaException as error:
             cause = error.args[0]
             if cause.fatal() or cause.code() in _STAYS:
-                raise LogError(f"sink {self.sink.name} can't read its topics: {cause.str()}") from error
+                raise self._cannot_read("its topics", cause) from error
             _log.warning("sink %s: %s", self.sink.name, cause.str())
             return []
 
@@ -382,9 +380,15 @@ class SinkRunner:
             elif failure.code() == KafkaError._AUTO_OFFSET_RESET:
                 self._out_of_range(place)
             elif failure.fatal() or failure.code() in _STAYS:
-                raise LogError(f"sink {self.sink.name} can't read {message.topic() or 'its topics'}: {failure.str()}")
+                raise self._cannot_read(message.topic() or "its topics", failure)
             else:
                 _log.warning("sink %s: %s", self.sink.name, failure.str())
+
+    def _cannot_read(self, what: str, error: KafkaError) -> LogError:
+        said = f"sink {self.sink.name} can't read {what}: {error.str()}"
+        if error.code() in _NO_RIGHT:
+            said += f"; its user needs READ on its topics and on group {self.group} (docs/security.md); nothing is lost"
+        return LogError(said)
 
     def _move(self, place: Place, position: int) -> None:
         if self._assigned is None or place not in self._assigned:

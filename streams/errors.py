@@ -4,6 +4,7 @@ StreamsError
 ├── ProcessorError          a processor has stopped; ``retryable`` says whether a new one may fare better
 │   ├── FencedError         another instance holds this one's slot; nothing uncommitted of this one counts
 │   ├── MissingTopicError   a topic that it reads or writes does not exist
+│   ├── AccessError         Kafka does not let this user in, or does not let it do what is needed
 │   ├── ClusterError        Kafka could not be reached, or refused, for longer than the clients' own retries
 │   ├── StateError          the changelog and the committed offsets don't fit together
 │   └── OffsetMetadataError the finished-offset map in a commit can't be read
@@ -14,6 +15,7 @@ StreamsError
 """
 
 __all__ = [
+    "AccessError",
     "ClusterError",
     "FencedError",
     "MissingTopicError",
@@ -44,6 +46,10 @@ class FencedError(ProcessorError):
 
 class MissingTopicError(ProcessorError):
     """A topic does not exist; create the topics before processors start."""
+
+
+class AccessError(ProcessorError):
+    """Kafka refuses the login, or a right is missing. The message names the user, the right and what to do."""
 
 
 class ClusterError(ProcessorError):

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from streams.access import denied
 from streams.backlog import Backlog
 from streams.dispatch import rank_of
 from streams.errors import ClusterError, FencedError, MissingTopicError, ProcessorError
@@ -203,7 +204,7 @@ class Fetcher:
         if error is None:
             self.finished.set_result(None)
         elif isinstance(error, KafkaException):
-            self.finished.set_exception(_meaning(self._name, error.args[0]))
+            self.finished.set_exception(self._meaning(error.args[0]))
         else:
             self.finished.set_exception(error)
 
@@ -252,7 +253,7 @@ class Fetcher:
         was really fenced still has its id.
         """
         if isinstance(error, KafkaException):
-            error = _meaning(self._name, error.args[0])
+            error = self._meaning(error.args[0])
         return isinstance(error, FencedError) and not self._consumer.memberid()
 
     def _begin_anew(self) -> None:
@@ -327,7 +328,7 @@ class Fetcher:
             elif error.code() in _MISSING:
                 self._missing.setdefault(str(message.topic()), (time.monotonic() + _MISSING_S, error))
             elif error.code() in _FATAL:
-                raise _meaning(self._name, error)
+                raise self._meaning(error, message.topic() or "")
             else:
                 log.warning("%s: %s", self._name, error.str())
         if good:
@@ -354,7 +355,7 @@ class Fetcher:
             if found is not None and found.error is None:
                 del self._missing[topic]
             elif now > deadline:
-                raise _meaning(self._name, error)
+                raise self._meaning(error)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Accepted, but nothing to be fetched yet.
@@ -394,6 +395,9 @@ class Fetcher:
             consumer.resume([TopicPartition(*place) for place in paused])
             self._paused -= paused
         consumer.incremental_unassign(ours)
+
+    def _meaning(self, error: KafkaError, topic: str = "") -> ProcessorError:
+        return denied(self._name, self._settings, error, topic=topic, to="READ") or _meaning(self._name, error)
 
 
 def _meaning(name: str, error: KafkaError) -> ProcessorError:

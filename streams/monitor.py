@@ -31,7 +31,7 @@ from yarl import URL
 
 from schemas.codec import Codec
 from schemas.errors import RegistryError, SchemaError
-from schemas.events import AgentHeartbeat, AgentRegistered, Event, Health, ProcessorStats, TaskCompleted
+from schemas.events import AgentHeartbeat, AgentRegistered, AlertRaised, Event, Health, ProcessorStats, TaskCompleted
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import key_of, topic_name, topic_of
@@ -220,6 +220,7 @@ def begin(_: Any, **__: Any) -> None:
             app.conf.id,
             changelogs={f"{app.conf.id}-{table.name}-changelog": source for table, source in _SOURCES.items()},
             recent=(_TELEMETRY, DIRECTORY_TOPIC),
+            written=(topic_of(AlertRaised).name, DIRECTORY_TOPIC),
             replication_factor=state.settings.replication_factor,
         )
     except StreamsError as error:

@@ -38,6 +38,7 @@ class Partition:
         "changelog",
         "deaths",
         "effects",
+        "end",
         "expire_due",
         "few",
         "full",
@@ -89,6 +90,8 @@ class Partition:
         self.owned = True
         self.uncommitted = 0
         """Entries that wait for their commit, those of the transaction under way included."""
+        self.end = -1
+        """Where the input partition ended as of its last fetch, looked at once a second; -1: not fetched yet."""
         self.expire_due = False
         """The next event looks for expired state and carries its tombstones."""
         self.leased = -1

@@ -40,6 +40,7 @@ from streams.messages import Messages
 from streams.ownerless import OwnerWatch
 from streams.parking import Parking
 from streams.partition import Partition, Work
+from streams.rights import check_rights
 from streams.state import StateCodec, changelog_topic, ensure_changelogs
 from streams.stats import Stats
 from streams.suspects import Suspects, owner_left, owner_marker
@@ -198,7 +199,10 @@ class Processor:
             log.warning("%s: Kafka does not answer; an open transaction is left to its timeout", self.name)
 
     def _open(self) -> None:
-        ensure_changelogs(self._kafka, self.binding.group, self.binding.topics)
+        check_rights(self.name, self._kafka, self.binding)
+        if ensure_changelogs(self._kafka, self.binding.group, self.binding.topics):
+            # Nobody could say who may read what was not there.
+            check_rights(self.name, self._kafka, self.binding)
         self._transactor.open()
 
     def _assemble(self, thread: Background) -> None:
@@ -533,7 +537,7 @@ class Processor:
             lag = 0
             for partition in self._owned.values():
                 partition.expire_due = True
-                end = self._fetcher.high_watermark(partition.topic, partition.number)
+                partition.end = end = self._fetcher.high_watermark(partition.topic, partition.number)
                 first = partition.tracker.first_unfinished or 0
                 lag += max(0, end - first)
                 self._suspects.clear(partition, end)

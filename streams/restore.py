@@ -22,6 +22,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from schemas.record import Record
+from streams.access import denied
 from streams.changelog import STATE_PREFIX, Restored
 from streams.errors import ClusterError, RestoreCancelledError, StateError
 from streams.kafka import LEADERLESS, passes, reader_settings
@@ -57,6 +58,7 @@ def restore(
 
     Raises:
         StateError: a changelog has what can't be read.
+        AccessError: this user may not read a changelog.
         ClusterError: nothing came from the cluster for ``timeout_s`` seconds.
         RestoreCancelledError: ``cancelled`` was set, some tenths of a second ago at most.
     """
@@ -66,7 +68,9 @@ def restore(
     try:
         return _Restore(kafka, inputs, timeout_s, cancelled).run()
     except KafkaException as error:
-        raise ClusterError(f"changelogs can't be read: {error.args[0].str()}") from error
+        changelogs = ", ".join(sorted({changelog for changelog, _ in inputs}))
+        refused = denied("a restore", kafka, error.args[0], topic=changelogs, to="READ")
+        raise refused or ClusterError(f"changelogs can't be read: {error.args[0].str()}") from error
 
 
 class _Restore:

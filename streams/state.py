@@ -18,10 +18,11 @@ from confluent_kafka import (
     KafkaError,
     KafkaException,
 )
-from confluent_kafka.admin import AdminClient, NewTopic, TopicMetadata
+from confluent_kafka.admin import AclOperation, AdminClient, NewTopic, TopicMetadata
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agents.step import LaneState
+from streams.access import denied, lacking, refusal
 from streams.errors import ClusterError, MissingTopicError, StateError
 from streams.kafka import MAX_MESSAGE_BYTES
 
@@ -293,20 +294,23 @@ def _topics(admin: AdminClient, wanted: Collection[str]) -> tuple[dict[str, Topi
         time.sleep(_KNOWN_POLL_S)
 
 
-def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Collection[str]) -> None:
-    """See to it that the input ``topics`` exist and that each has its changelog.
+def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Collection[str]) -> bool:
+    """See to it that the input ``topics`` exist and that each has its changelog; whether one is new.
 
     A changelog has its input's number of partitions and copies. Blocks.
 
     Raises:
         MissingTopicError: an input topic does not exist.
         StateError: a changelog has another number of partitions than its input.
+        AccessError: an input topic is hidden from this user, or a changelog is missing and it may not create it.
         ClusterError: the cluster did not answer or refused.
     """
     admin = AdminClient(dict(kafka))
     try:
         known, missing = _topics(admin, topics)
         if missing:
+            if lacks := lacking(kafka, {topic: [AclOperation.READ] for topic in missing}):
+                raise refusal(group, kafka, lacks.values())
             raise MissingTopicError(
                 f"{group} reads {', '.join(missing)}, which the cluster lacks; create the topics first"
             )
@@ -326,7 +330,10 @@ def ensure_changelogs(kafka: Mapping[str, Any], group: str, topics: Collection[s
             try:
                 future.result(_METADATA_TIMEOUT_S)
             except KafkaException as error:
-                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                    raise ClusterError(f"can't create {changelog}: {error.args[0].str()}") from error
+                cause: KafkaError = error.args[0]
+                if cause.code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    refused = denied(group, kafka, cause, topic=changelog, to="CREATE")
+                    raise refused or ClusterError(f"can't create {changelog}: {cause.str()}") from error
+        return bool(new)
     except KafkaException as error:
         raise ClusterError(f"{group}: the cluster's topics can't be had: {error.args[0].str()}") from error

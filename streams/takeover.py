@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from streams.access import denied
 from streams.errors import ClusterError, RestoreCancelledError, StateError
 from streams.offsets import OffsetTracker
 from streams.partition import Partition
@@ -49,9 +50,10 @@ def take_over(
     Raises:
         RestoreCancelledError: ``cancelled`` was set meanwhile.
         StateError: a changelog and its offset don't fit together, or it can't be read.
+        AccessError: this user may not read the group's offsets, or a changelog.
         ClusterError: the cluster did not answer in time.
     """
-    committed = _committed(group, consumer, partitions, cancelled)
+    committed = _committed(kafka, group, consumer, partitions, cancelled)
     changelogs = [(changelog_topic(group, place.topic), place.topic, place.partition) for place in committed]
     restored = restore(kafka, changelogs, timeout_s=_RESTORE_S, cancelled=cancelled)
     prepared = []
@@ -70,7 +72,11 @@ def take_over(
 
 
 def _committed(
-    group: str, consumer: Consumer, partitions: Sequence[TopicPartition], cancelled: threading.Event
+    kafka: Mapping[str, Any],
+    group: str,
+    consumer: Consumer,
+    partitions: Sequence[TopicPartition],
+    cancelled: threading.Event,
 ) -> list[TopicPartition]:
     deadline = time.monotonic() + _COMMITTED_S
     while True:
@@ -81,6 +87,8 @@ def _committed(
             cause: KafkaError = error.args[0]
             if cancelled.is_set():
                 raise RestoreCancelledError(f"{group}: the partitions went away meanwhile") from error
+            if (refused := denied(group, kafka, cause, group=group)) is not None:
+                raise refused from error
             if cause.code() not in _PASSING:
                 raise ClusterError(f"{group}: committed offsets can't be had: {cause.str()}") from error
             if time.monotonic() > deadline:
@@ -88,5 +96,7 @@ def _committed(
             cancelled.wait(_AGAIN_S)
     for place in committed:
         if place.error is not None:
+            if (refused := denied(group, kafka, place.error, topic=place.topic, group=group)) is not None:
+                raise refused
             raise ClusterError(f"{group}: {place.topic}[{place.partition}]: {place.error.str()}")
     return committed

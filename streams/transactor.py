@@ -12,8 +12,17 @@ from contextlib import suppress
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AclOperation
 
-from streams.errors import ClusterError, FencedError, MissingTopicError, RecordRejectedError, TransactionAbortedError
+from streams.access import denied, lacking, refusal
+from streams.errors import (
+    AccessError,
+    ClusterError,
+    FencedError,
+    MissingTopicError,
+    RecordRejectedError,
+    TransactionAbortedError,
+)
 
 __all__ = ["Outgoing", "Transactor"]
 
@@ -55,6 +64,7 @@ class Transactor:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._id: str = settings["transactional.id"]
+        self._settings = dict(settings)
         self._producer = Producer(dict(settings))
         self._abandoned = threading.Event()
 
@@ -66,6 +76,7 @@ class Transactor:
         """Fence every earlier producer of this id and abort what it left open.
 
         Raises:
+            AccessError: this user may not use the id.
             ClusterError: the cluster did not let it within a minute.
         """
         self._call(lambda: self._producer.init_transactions(_INIT_TIMEOUT_S), "init_transactions", _INIT_TIMEOUT_S)
@@ -81,6 +92,7 @@ class Transactor:
             TransactionAbortedError: nothing was committed; a later transaction may carry the same.
             RecordRejectedError: nothing was committed, nor will be as long as that message is part of it.
             MissingTopicError: nothing was committed; a topic that it goes to is gone.
+            AccessError: nothing was committed; this user lacks a right on a topic, the group or the id.
             FencedError: another producer has this id, or another member this place in the group.
             ClusterError: the cluster can't be reached, or refused for good.
         """
@@ -98,11 +110,11 @@ class Transactor:
             )
             self._produce(messages, refused if diagnose else None)
             self._call(lambda: self._producer.commit_transaction(_CALL_TIMEOUT_S), "commit_transaction")
-        except (TransactionAbortedError, RecordRejectedError, FencedError) as failure:
+        except (TransactionAbortedError, RecordRejectedError, FencedError, AccessError) as failure:
             # Before it is aborted: the coordinator may have timed it out by now, which reads as if it were fenced.
             if not refused:
-                self._check_topics({message[0] for message in messages})
-            if isinstance(failure, FencedError):
+                self._check_topics({message[0] for message in messages}, rights=diagnose or _may_lack(failure))
+            if isinstance(failure, FencedError | AccessError):
                 raise
             if begun:
                 self._abort()
@@ -110,17 +122,24 @@ class Transactor:
                 raise RecordRejectedError(index, f"{error.name()}: {error.str()}") from None
             raise
 
-    def _check_topics(self, topics: Set[str]) -> None:
-        """A record for a topic that was deleted times out as for a leader that is away. This tells them apart.
+    def _check_topics(self, topics: Set[str], *, rights: bool) -> None:
+        """A record for a topic that was deleted times out as for a leader that is away. This tells them apart. One that
+        this user may not even describe looks like a deleted one; ``rights`` asks for missing rights in any case.
 
         Raises:
             MissingTopicError: one of ``topics`` does not exist.
+            AccessError: one can't be written by this user.
         """
         try:
             known = self._producer.list_topics(timeout=_METADATA_TIMEOUT_S).topics
         except KafkaException:
             return  # nobody can say; the transaction is tried again
-        if missing := sorted(topics - known.keys()):
+        missing = sorted(topics - known.keys())
+        if missing or rights:
+            lacks = lacking(self._settings, {topic: [AclOperation.WRITE] for topic in topics})
+            if lacks:
+                raise refusal(self._id, self._settings, lacks.values())
+        if missing:
             raise MissingTopicError(
                 f"{self._id}: the cluster has no topic {', '.join(missing)}; create it and start again; nothing is lost"
             )
@@ -171,6 +190,8 @@ class Transactor:
             # The group knows this process's own consumer by another member id since it joined again. Another process
             # with this slot would have fenced the producer before its consumer joined.
             return TransactionAbortedError(said)
+        if (refused := denied(self._id, self._settings, error, to="WRITE")) is not None:
+            return refused
         if error.code() in _FENCED:
             return FencedError(f"{said}; another process runs with this slot, or this one was paused for too long")
         if error.fatal():
@@ -189,6 +210,13 @@ class Transactor:
             self._producer.flush(0.1)
         # The client has no close; its threads and connections end with the object.
         del self._producer
+
+
+def _may_lack(failure: BaseException) -> bool:
+    """Whether it may be that a right is missing: it says so, or messages failed and it does not say why."""
+    cause = failure.__cause__
+    unexplained = isinstance(cause, KafkaException) and cause.args[0].code() == KafkaError._INCONSISTENT
+    return unexplained or isinstance(failure, AccessError)
 
 
 def _note(refused: dict[int, KafkaError], index: int) -> Callable[[KafkaError | None, Message], None]:

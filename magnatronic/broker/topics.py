@@ -21,6 +21,7 @@ __all__ = ["TopicSpec", "create_topics", "ensure_topics", "platform_topics"]
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S: Final = 30.0
+_REFUSED: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def create_topics(
 ) -> list[str]:
     """Creates the topics of ``specs`` that are missing and waits until clients see them; the names that are new.
 
-    A topic that exists with fewer partitions or other settings than wanted stays as it is, and a warning says so.
+    A topic that exists with fewer partitions or other settings than wanted stays as it is, and a warning says so. What
+    this user may neither see nor create is somebody else's, or was created by an operator: whoever needs it says so.
 
     Raises:
         TopicError: the cluster can't be reached, refuses a topic (the message names it), or doesn't show it in time.
@@ -74,9 +76,10 @@ def create_topics(
     admin = AdminClient({**client_config, "log_level": 2})
     existing = _partition_counts(admin)
     missing = [spec for name, spec in wanted.items() if name not in existing]
-    created = _create(admin, missing, replication_factor)
-    _wait_visible(admin, wanted)
-    kept = [spec for spec in wanted.values() if spec.name not in created]
+    created, refused = _create(admin, missing, replication_factor)
+    seen = {name: spec for name, spec in wanted.items() if name not in refused}
+    _wait_visible(admin, seen)
+    kept = [spec for spec in seen.values() if spec.name not in created]
     _warn_of_differences(admin, kept, _partition_counts(admin) if kept else {})
     return sorted(created)
 
@@ -94,20 +97,25 @@ def _partition_counts(admin: AdminClient) -> dict[str, int]:
     }
 
 
-def _create(admin: AdminClient, specs: list[TopicSpec], replication_factor: int) -> set[str]:
+def _create(admin: AdminClient, specs: list[TopicSpec], replication_factor: int) -> tuple[set[str], set[str]]:
+    """The names of those that are new, and of those that this user may not create."""
     if not specs:
-        return set()
+        return set(), set()
     requests = [NewTopic(spec.name, spec.partitions, replication_factor, config=dict(spec.config)) for spec in specs]
-    created = set()
+    created, refused = set(), set()
     for name, future in admin.create_topics(requests, operation_timeout=_TIMEOUT_S).items():
         try:
             future.result(_TIMEOUT_S + 5)
             created.add(name)
         except KafkaException as error:
+            if error.args[0].code() in _REFUSED:
+                refused.add(name)
             # Another process starts at the same time: its topic is as good as ours.
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            elif error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise TopicError(f"Kafka refused topic {name}: {error.args[0].str()}") from error
-    return created
+    if refused:
+        _log.info("%d topics are missing or not to be seen, and may not be created: %s", len(refused), sorted(refused))
+    return created, refused
 
 
 def _wait_visible(admin: AdminClient, wanted: Mapping[str, TopicSpec]) -> None:
@@ -123,6 +131,7 @@ def _warn_of_differences(admin: AdminClient, specs: list[TopicSpec], partitions:
         return
     asked = {spec.name: ConfigResource(ConfigResource.Type.TOPIC, spec.name) for spec in specs}
     answers = {resource.name: future for resource, future in admin.describe_configs(list(asked.values())).items()}
+    unchecked = []
     for spec in specs:
         if partitions.get(spec.name, 0) < spec.partitions:
             _log.warning(
@@ -133,8 +142,10 @@ def _warn_of_differences(admin: AdminClient, specs: list[TopicSpec], partitions:
             present = answers[spec.name].result(_TIMEOUT_S)
         except KafkaException as error:
             # Without the right to describe, the topic can still be used.
-            _log.warning("settings of topic %s can't be checked: %s", spec.name, error.args[0].str())
+            unchecked.append(f"{spec.name} ({error.args[0].name()})")
             continue
         for name, value in spec.config.items():
             if name in present and present[name].value != value:
                 _log.warning("topic %s has %s=%s, wanted is %s", spec.name, name, present[name].value, value)
+    if unchecked:
+        _log.info("settings of these topics can't be checked: %s", ", ".join(unchecked))
