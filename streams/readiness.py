@@ -3,7 +3,8 @@
 In: what a processor shows of itself (:class:`Watched`), looked at once a second on its event loop. Out: :class:`Cause`
 values, none while it is ready. A processor is not ready when it has not joined its group, restores state, can't commit,
 or has a partition whose first unfinished offset stays the same for longer than a bound though that event is in its
-hands. Waiting for an event that nobody produced is no stall, nor is a parked one: its offset is finished.
+hands. Waiting for an event that nobody produced is no stall, nor is a parked one: its offset is finished. A partition
+that can't be read on, since somebody's transaction is open there, is one though nothing of it is in hand.
 """
 
 import math
@@ -15,6 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from streams.binding import Binding
+from streams.holdups import HeldUp, Holdups
 
 if TYPE_CHECKING:
     from streams.dispatch import Worker
@@ -42,6 +44,7 @@ class Kind(StrEnum):
     RESTORING = "restoring"
     NOT_COMMITTING = "not-committing"
     STALLED = "stalled"
+    HELD_UP = "held-up"
     FAILED = "failed"
     STORE = "store"
     BLOCKED = "event-loop-blocked"
@@ -135,13 +138,17 @@ def stall_bound_s(binding: Binding) -> float:
 
 class Readiness:
     """Watches one processor. ``stalled_after_s`` is the bound for its partitions, by default :func:`stall_bound_s`.
+    ``holdups`` looks for open transactions, None for not at all.
 
     ``causes`` is what the last :meth:`check` found, ``progress`` how far each partition was; other threads may read
     them.
     """
 
-    def __init__(self, processor: Watched, *, stalled_after_s: float | None = None) -> None:
+    def __init__(
+        self, processor: Watched, *, stalled_after_s: float | None = None, holdups: Holdups | None = None
+    ) -> None:
         self._processor = processor
+        self._holdups = holdups
         self._bound_s = stall_bound_s(processor.binding) if stalled_after_s is None else stalled_after_s
         self._since: dict[tuple[Any, ...], float] = {}
         self.causes: tuple[Cause, ...] = ()
@@ -199,6 +206,9 @@ class Readiness:
                     shown += 1
                     yield cause
         self.progress = tuple(progress)
+        if self._holdups is not None:
+            for held in self._holdups.look(processor.partitions, now)[:_SHOWN]:
+                yield _held_up(name, held)
 
     def _explain(self, partition: "Partition", offset: int, for_s: float, now: float) -> Cause | None:
         """What the event at ``offset`` waits for. None: it is not here, so nothing says that there is one."""
@@ -244,6 +254,17 @@ class Readiness:
             trouble = self._processor.trouble
             return None, f"is finished and waits for its commit{f': {trouble}' if trouble else ''}"
         return None
+
+
+def _held_up(name: str, held: HeldUp) -> Cause:
+    since = f" since {datetime.fromtimestamp(held.since_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC" if held.since_ms else ""
+    said = (
+        f"{name} can't read on in {held.topic}[{held.partition}] for {held.for_s:.0f} s: a transaction of "
+        f"{held.source or 'an unknown producer'} is open at offset {held.offset}{since}, and {held.waiting} offsets "
+        "wait behind it. It ends at its producer's transaction.timeout.ms; `kafka-transactions.sh --describe-producers "
+        f"--topic {held.topic} --partition {held.partition}` names the producer"
+    )
+    return Cause(Kind.HELD_UP, name, said, held.for_s, held.topic, held.partition, held.offset)
 
 
 def _running(work: "Work", since: float, now: float) -> str:

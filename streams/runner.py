@@ -18,6 +18,7 @@ from streams.binding import Binding
 from streams.control import CancelledSteps, ControlReader
 from streams.errors import FencedError, ProcessorError
 from streams.garbage import collecting_seldom
+from streams.holdups import Holdups
 from streams.processor import Processor
 from streams.readiness import Readiness
 from streams.telling import INTERVAL_S, Teller
@@ -131,7 +132,9 @@ class Runner:
                 cancelled=self._cancelled,
                 tracer=self._tracer,
             )
-            self.readiness[binding.agent.name] = Readiness(processor, stalled_after_s=self._stalled_after_s)
+            self.readiness[binding.agent.name] = Readiness(
+                processor, stalled_after_s=self._stalled_after_s, holdups=Holdups(self._kafka)
+            )
             started = time.monotonic()
             try:
                 await processor.run()
