@@ -8,24 +8,26 @@ was nobody's twice in a row a guest joins the group and leaves it again, which m
 
 import logging
 import random
+import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from confluent_kafka import Consumer, ConsumerGroupState, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from streams.handover import Place
 from streams.kafka import guest_settings
 
-__all__ = ["OwnerWatch"]
+__all__ = ["OwnerWatch", "places_of"]
 
 _INTERVAL_S: Final = 10.0
 _REQUEST_S: Final = 5.0
 _SURE: Final = 2
 """Looks in a row. Between the rounds of a rebalance a partition is nobody's too, for as long as it is given up."""
 _MOST_PATIENT: Final = 60
+_STABLE: Final = "Stable"
 _GUEST_S: Final = 30.0
 """A rebalance waits for members that have died, until their session is over."""
 
@@ -101,19 +103,21 @@ class OwnerWatch:
 
     def _nobodys(self) -> tuple[set[Place], int | None]:
         """The partitions that no member has, none where the group is not stable; and this member's place in line."""
-        # A client for each look: one that is kept costs threads and connections all the time.
+        # A client for each look: one that is kept costs threads and connections all the time. These are its old calls,
+        # which block. The newer describe_consumer_groups ends the process (an assertion of librdkafka's about its count
+        # of references) when it times out while the coordinator is being looked for.
         admin = AdminClient(guest_settings(self._kafka, self._name))
-        described = admin.describe_consumer_groups([self._group], request_timeout=_REQUEST_S)[self._group]
-        group = described.result(_REQUEST_S * 2)
-        if group.state != ConsumerGroupState.STABLE:
+        found = [group for group in admin.list_groups(self._group, timeout=_REQUEST_S) if group.error is None]
+        if len(found) != 1 or found[0].state != _STABLE:
             return set(), None
-        owned = {(at.topic, at.partition) for member in group.members for at in member.assignment.topic_partitions}
+        members = found[0].members
+        owned = {place for member in members for place in places_of(member.assignment)}
         there = set()
-        topics = admin.describe_topics(TopicCollection(self._topics), request_timeout=_REQUEST_S)
-        for topic, found in topics.items():
-            if found.exception(_REQUEST_S * 2) is None:
-                there |= {(topic, partition.id) for partition in found.result().partitions}
-        line = sorted(member.group_instance_id or member.member_id for member in group.members)
+        for name in self._topics:
+            topic = admin.list_topics(name, timeout=_REQUEST_S).topics.get(name)
+            if topic is not None and topic.error is None:
+                there |= {(name, number) for number in topic.partitions}
+        line = sorted(member.client_id for member in members)
         return there - owned, line.index(self._name) if self._name in line else None
 
     def _be_guest(self) -> None:
@@ -135,3 +139,22 @@ class OwnerWatch:
                 guest.poll(0.1)
         finally:
             guest.close()
+
+
+def places_of(assignment: bytes) -> list[Place]:
+    """The partitions in a member's assignment, as the consumer protocol writes it (ConsumerProtocolAssignment)."""
+    if not assignment:
+        return []
+    version_and_topics = struct.Struct(">hi")
+    _, topics = version_and_topics.unpack_from(assignment)
+    at, places = version_and_topics.size, []
+    for _ in range(topics):
+        (length,) = struct.unpack_from(">h", assignment, at)
+        at += 2
+        topic = assignment[at : at + length].decode()
+        at += length
+        (count,) = struct.unpack_from(">i", assignment, at)
+        at += 4
+        places += [(topic, number) for number in struct.unpack_from(f">{count}i", assignment, at)]
+        at += 4 * count
+    return places
