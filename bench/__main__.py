@@ -50,7 +50,7 @@ def run(parts: Sequence[Part], scale: Scale, progress: Console) -> Report:
         bootstrap_servers = ""
         if any(part.needs_broker for part in parts):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-            broker = stack.enter_context(EmbeddedBroker(Path(folder) / "kafka"))
+            broker = stack.enter_context(EmbeddedBroker(Path(folder) / "kafka", lasting=True))
             bootstrap_servers = broker.bootstrap_servers
         for part in parts:
             progress.print(f"{part.name} …")

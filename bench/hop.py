@@ -47,7 +47,7 @@ def shots_of(events: Iterable[Event], partition: int = ANY_PARTITION) -> list[Sh
 
 
 class Hop:
-    """Sends to ``source`` and reads ``target``, whose records answer by key. Close it.
+    """Sends to ``source``, or wherever a call says, and reads ``target``, whose records answer by key. Close it.
 
     ``alive`` is asked while nothing comes, and raises when the worker has ended.
     """
@@ -85,11 +85,11 @@ class Hop:
         self._producer.flush(5)
         self._consumer.close()
 
-    def send(self, shot: Shot) -> None:
+    def send(self, shot: Shot, source: str = "") -> None:
         """Send one event now; its time runs from here."""
         self._sent[shot.key] = time.perf_counter()
         partition = {} if shot.partition == ANY_PARTITION else {"partition": shot.partition}
-        self._producer.produce(self._source, shot.value, shot.key, headers=shot.headers, **partition)
+        self._producer.produce(source or self._source, shot.value, shot.key, headers=shot.headers, **partition)
         self._producer.poll(0)
 
     def wait(self, keys: Iterable[bytes], *, timeout_s: float = _TIMEOUT_S) -> list[float]:
@@ -119,22 +119,24 @@ class Hop:
             moved = time.monotonic()
         return [self._seen[key] - self._sent[key] for key in wanted]
 
-    def run(self, shots: Sequence[Shot], rate: float, *, timeout_s: float = _TIMEOUT_S) -> list[float]:
+    def run(
+        self, shots: Sequence[Shot], rate: float, *, source: str = "", timeout_s: float = _TIMEOUT_S
+    ) -> list[float]:
         """Send ``shots`` at ``rate`` a second and wait for all answers: the seconds of each, in order.
 
         Raises:
             RuntimeError: as :meth:`wait`.
         """
-        sender = threading.Thread(target=self._pace, args=(shots, rate), daemon=True)
+        sender = threading.Thread(target=self._pace, args=(shots, rate, source), daemon=True)
         sender.start()
         delays = self.wait([shot.key for shot in shots], timeout_s=timeout_s)
         sender.join()
         return delays
 
-    def _pace(self, shots: Sequence[Shot], rate: float) -> None:
+    def _pace(self, shots: Sequence[Shot], rate: float, source: str) -> None:
         start = time.perf_counter()
         for number, shot in enumerate(shots):
             wait = start + number / rate - time.perf_counter()
             if wait > _SPIN_S:
                 time.sleep(wait)
-            self.send(shot)
+            self.send(shot, source)

@@ -84,11 +84,14 @@ class SystemInfo:
 class System:
     """Everything in one process. Start it, wait for :attr:`failure` or what you like, stop it.
 
-    ``on_progress`` is told in a few words what is being started.
+    ``on_progress`` is told in a few words what is being started. ``lasting`` is the broker's.
     """
 
-    def __init__(self, settings: Settings, *, on_progress: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, settings: Settings, *, lasting: bool = False, on_progress: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.settings = settings
+        self._lasting = lasting
         self._tell = on_progress
         self._lock = FolderLock(settings.data_dir)
         self._broker: EmbeddedBroker | None = None
@@ -203,7 +206,10 @@ class System:
         servers = None
         if settings.embedded_kafka:
             self._broker = EmbeddedBroker(
-                settings.data_dir / "kafka", heap_mb=settings.kafka_heap_mb, java_home=settings.java_home
+                settings.data_dir / "kafka",
+                heap_mb=settings.kafka_heap_mb,
+                lasting=self._lasting,
+                java_home=settings.java_home,
             )
             servers = self._broker.start().bootstrap_servers
         # librdkafka's own words go where all logs go, not to standard error.

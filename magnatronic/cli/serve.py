@@ -37,7 +37,7 @@ def up(*, data_dir: Path | None, out: Output) -> int:
     settings = load_settings(data_dir)
     FolderLock(settings.data_dir).check()
     log_to(settings.data_dir / "logs" / "magnatronic.log", settings.log_level)
-    system = System(settings, on_progress=lambda what: out.progress.print(f"[dim]starting {what} …[/]"))
+    system = System(settings, lasting=True, on_progress=lambda what: out.progress.print(f"[dim]starting {what} …[/]"))
 
     async def serve(stop: asyncio.Event) -> int:
         info = await _unless(stop, system.start())

@@ -105,7 +105,7 @@ class _AnsweringHop(Hop):
     def __init__(self) -> None:
         self.sent: list[bytes] = []
 
-    def send(self, shot: Shot) -> None:
+    def send(self, shot: Shot, source: str = "") -> None:
         self.sent.append(shot.key)
 
     def wait(self, keys: Iterable[bytes], *, timeout_s: float = 1.0) -> list[float]:
