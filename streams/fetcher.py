@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from streams.access import denied
@@ -49,6 +50,9 @@ _MISSING: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNO
 _MISSING_S: Final = 5.0
 """A topic that was just created is not known to every broker at once."""
 _LOOK_S: Final = 0.5
+_STATISTICS_MS: Final = 3000
+_BROKERLESS: Final = 2
+"""Statistics in a row. A client that begins with its bootstrap servers again has no broker for a moment."""
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +110,9 @@ class Fetcher:
         self._alive = threading.Lock()
         self._closing = False
         self._rebalancing = False
-        self._settings = dict(settings)
+        self._told = False
+        self._settings = {**settings, "statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._count_brokers}
+        self._brokerless = 0
         self._consumer = Consumer(self._settings)
         self.finished: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, name=f"{self._name}-fetch", daemon=True)
@@ -238,6 +244,10 @@ class Fetcher:
                 if self._missing:
                     self._look_for_missing()
                 self._take_in(self._next())
+                if self._brokerless >= _BROKERLESS:
+                    log.warning("%s: its client has forgotten every broker; joins with a new one", self._name)
+                    self._begin_anew()
+                    return
         except (FencedError, KafkaException) as error:
             if not self._fenced_itself(error):
                 raise
@@ -261,9 +271,12 @@ class Fetcher:
         places = sorted({*self._assigned, *self._handover.restoring})
         if places:
             self._handover.give_up(self._consumer, places, lost=True)
+        self._told = True
+        self._close()
+        self._told = False
         self._assigned.clear()
         self._paused.clear()
-        self._close()
+        self._brokerless = 0
         with self._alive:
             self._consumer = Consumer(self._settings)
             self._closing = False
@@ -273,6 +286,17 @@ class Fetcher:
             self._closing = True
         self._handover.end()
         self._consumer.close()
+
+    def _count_brokers(self, statistics: str) -> None:
+        """Notice that the client has no broker left to ask, which it does not get over (librdkafka 2.12).
+
+        A broker that is fenced answers a look at the metadata with no broker at all; it may be the only one, and have
+        been paused. The client then forgets all that it knows and begins with its bootstrap servers again. But where a
+        second look was under way, the answer to that calls it off, and nobody is asked for anything ever after.
+        """
+        brokers = orjson.loads(statistics)["brokers"].values()
+        known = any(broker["source"] in ("configured", "learned") for broker in brokers)
+        self._brokerless = 0 if known else self._brokerless + 1
 
     def _add_ready(self) -> None:
         placed = self._handover.ready()
@@ -371,6 +395,10 @@ class Fetcher:
 
     def _give_up(self, consumer: Consumer, partitions: list[TopicPartition], *, lost: bool) -> None:
         places = [(partition.topic, partition.partition) for partition in partitions]
+        if self._told:
+            # A client that is replaced gives up what it still has.
+            self._unassign(consumer, places)
+            return
         self._rebalancing = self._taken_away = True
         try:
             if lost:

@@ -457,6 +457,26 @@ async def test_a_broker_out_of_reach_costs_the_partitions_only_for_as_long(kafka
             assert time.monotonic() - back < 20
 
 
+async def test_a_client_without_brokers_is_replaced(kafka: Any, caplog: pytest.LogCaptureFixture) -> None:
+    topic, group = kafka.topic("fetch"), kafka.unique("group")
+    produce(kafka, topic, 100)
+    async with fetching(kafka, group, [topic]) as listener:
+        await listener.until(lambda: listener.count(topic) == 100)
+        # Its statistics are as this client's are when it has forgotten its brokers; that needs two answers that cross.
+        for _ in range(2):
+            listener.fetcher._count_brokers(
+                '{"brokers": {":0/internal": {"source": "internal"}, "GroupCoordinator": {"source": "logical"}}}'
+            )
+        produce(kafka, topic, 100)
+        await listener.until(lambda: listener.count(topic) == 200, timeout_s=15)
+        assert listener.received_of[topic, 0] == list(range(200))
+        assert [what for what, _ in listener.changes] == ["assigned", "lost", "assigned"]
+        # The real ones, of several rounds, say that there is one.
+        await asyncio.sleep(7)
+        assert [what for what, _ in listener.changes] == ["assigned", "lost", "assigned"]
+    assert sum("forgotten every broker" in message for message in caplog.messages) == 1
+
+
 async def test_a_topic_that_is_deleted_is_named(kafka: Any) -> None:
     topic, other = kafka.topic("fetch"), kafka.topic("fetch")
     produce(kafka, topic, 10)
