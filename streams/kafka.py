@@ -18,6 +18,7 @@ __all__ = [
     "passes",
     "producer_settings",
     "reader_settings",
+    "transactional_ids",
     "transactional_settings",
 ]
 
@@ -74,7 +75,6 @@ _PRODUCER: Final[Mapping[str, Any]] = {
     "message.max.bytes": MAX_MESSAGE_BYTES,
     # librdkafka may hold 1 GiB by default; a transaction is far smaller, and many producers share a process.
     "queue.buffering.max.kbytes": 65_536,
-    # A commit flushes without lingering; this only lets a batch fill up while the results are being produced.
     "linger.ms": 5,
     # Avro of similar events shrinks to a third at little cost; the broker stores batches as they come.
     "compression.type": "lz4",
@@ -87,7 +87,7 @@ def passes(error: KafkaError) -> bool:
 
 
 def instance_id(group: str, slot: int | str) -> str:
-    """``<group>-<slot>``: the transactional id and the static member's id, the same after a restart.
+    """``<group>-<slot>``: the static member's id and the first transactional id, the same after a restart.
 
     That lets the restarted process fence its own last life at once and get the same partitions back without a
     rebalance, instead of waiting for timeouts.
@@ -153,13 +153,23 @@ def guest_settings(kafka: Mapping[str, Any], name: str, *, group: str | None = N
     return settings
 
 
-def transactional_settings(kafka: Mapping[str, Any], group: str, slot: int | str) -> dict[str, Any]:
-    """The settings of a processor's transactional producer."""
+def transactional_ids(group: str, slot: int | str) -> tuple[str, ...]:
+    """The transactional ids of a processor, whose producers take turns (:mod:`streams.transactor`)."""
+    own = instance_id(group, slot)
+    return own, f"{own}/2"
+
+
+def transactional_settings(
+    kafka: Mapping[str, Any], group: str, slot: int | str, transactional_id: str | None = None
+) -> dict[str, Any]:
+    """The settings of one of a processor's transactional producers; None for the first one."""
     return {
         **_PRODUCER,
         **kafka,
-        "transactional.id": instance_id(group, slot),
+        "transactional.id": transactional_id or transactional_ids(group, slot)[0],
         "client.id": instance_id(group, slot),
+        # Records wait until their partition is part of the transaction, and fill a batch meanwhile.
+        "linger.ms": 0,
         # A dead producer's open transaction holds up read_committed readers, and the restore of its partitions, at
         # most this long. The default is a minute.
         "transaction.timeout.ms": 10_000,

@@ -34,7 +34,7 @@ from streams.errors import ClusterError
 from streams.fetcher import Fetcher
 from streams.firing import Firing
 from streams.handling import Handling
-from streams.kafka import consumer_settings, instance_id, transactional_settings
+from streams.kafka import consumer_settings, instance_id, transactional_ids, transactional_settings
 from streams.lease import Lease
 from streams.messages import Messages
 from streams.ownerless import OwnerWatch
@@ -165,7 +165,10 @@ class Processor:
         """
         loop = asyncio.get_running_loop()
         thread = Background(f"{self.name}-commit")
-        self._transactor = Transactor(transactional_settings(self._kafka, self.binding.group, self._slot))
+        group, slot = self.binding.group, self._slot
+        self._transactor = Transactor(
+            *(transactional_settings(self._kafka, group, slot, each) for each in transactional_ids(group, slot))
+        )
         background: list[asyncio.Task[None]] = []
         try:
             await thread.run(self._open)

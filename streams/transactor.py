@@ -1,7 +1,14 @@
-"""One transaction after another: a transactional producer and what its errors mean.
+"""One transaction after another: transactional producers that take turns, and what their errors mean.
 
 In: messages, the offsets that they answer and the consumer group's metadata. Out: all of it committed, or none and an
 error that says what to do next. Everything here blocks; the processor calls it from one thread of its own.
+
+Why two producers (docs/decisions/0013): while the markers of a producer's last transaction are being written, which is
+after its commit has returned, the coordinator answers CONCURRENT_TRANSACTIONS. Asked to add offsets, librdkafka asks
+again after retry.backoff.ms; asked to add a record's partition, it waits for a fixed 20 ms. One producer alone would
+have to have its offsets through before it is given the first record. With two the markers are written by a producer's next
+turn, and records and offsets travel side by side. A transaction begins when the one before has ended, so one is open at
+most, and the group's coordinator applies offsets in the order of their writing, whichever markers come first.
 """
 
 import logging
@@ -9,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -34,6 +42,10 @@ _CALL_TIMEOUT_S: Final = 10.0
 _PATIENCE_S: Final = 30.0
 _METADATA_TIMEOUT_S: Final = 5.0
 _FULL_QUEUE_POLL_S: Final = 0.05
+_HEAD_START_S: Final = 0.0015
+"""The client asks for the first records' partitions 1 ms after they came. That has to be before it asks for offsets:
+while the coordinator's replicas write down one, it answers CONCURRENT_TRANSACTIONS to the other, and only offsets are
+asked for again soon. A single broker is through with one before it reads the other."""
 _FENCED: Final = frozenset(
     {
         KafkaError._FENCED,
@@ -60,26 +72,36 @@ log = logging.getLogger(__name__)
 
 
 class Transactor:
-    """Commits transactions under one transactional id."""
+    """Commits transactions under one transactional id, or in turns under several: ``settings`` of each producer."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._id: str = settings["transactional.id"]
-        self._settings = dict(settings)
-        self._producer = Producer(dict(settings))
+    def __init__(self, *settings: Mapping[str, Any]) -> None:
+        self._settings = dict(settings[0])
+        self._id: str = self._settings["transactional.id"]
+        self._producers = [Producer(dict(each)) for each in settings]
+        self._turn = 0
+        self._head_start_s = _HEAD_START_S
         self._abandoned = threading.Event()
+
+    @property
+    def _producer(self) -> Producer:
+        return self._producers[self._turn]
 
     def abandon(self) -> None:
         """Begin no call any more, and try none again: what is under way is not wanted now. For any thread."""
         self._abandoned.set()
 
     def open(self) -> None:
-        """Fence every earlier producer of this id and abort what it left open.
+        """Fence every earlier producer of these ids and abort what it left open.
 
         Raises:
             AccessError: this user may not use the id.
             ClusterError: the cluster did not let it within a minute.
         """
-        self._call(lambda: self._producer.init_transactions(_INIT_TIMEOUT_S), "init_transactions", _INIT_TIMEOUT_S)
+        for producer in self._producers:
+            self._call(partial(producer.init_transactions, _INIT_TIMEOUT_S), "init_transactions", _INIT_TIMEOUT_S)
+        with suppress(KafkaException):
+            if len(self._producer.list_topics(timeout=_METADATA_TIMEOUT_S).brokers) == 1:
+                self._head_start_s = 0.0
 
     def commit(
         self, messages: Sequence[Outgoing], offsets: Sequence[TopicPartition], group: Any, *, diagnose: bool = False
@@ -101,14 +123,11 @@ class Transactor:
         try:
             self._call(self._producer.begin_transaction, "begin_transaction")
             begun = True
-            # Offsets first. While the last transaction's markers are being written the coordinator answers
-            # CONCURRENT_TRANSACTIONS. Asked to add offsets, librdkafka asks again after retry.backoff.ms; asked to add
-            # the partition of the first message, it waits for a fixed 20 ms (one transaction in ten, on a busy broker).
+            self._produce(messages, refused if diagnose else None)
             self._call(
                 lambda: self._producer.send_offsets_to_transaction(list(offsets), group, _CALL_TIMEOUT_S),
                 "send_offsets_to_transaction",
             )
-            self._produce(messages, refused if diagnose else None)
             self._call(lambda: self._producer.commit_transaction(_CALL_TIMEOUT_S), "commit_transaction")
         except (TransactionAbortedError, RecordRejectedError, FencedError, AccessError) as failure:
             # Before it is aborted: the coordinator may have timed it out by now, which reads as if it were fenced.
@@ -118,9 +137,14 @@ class Transactor:
                 raise
             if begun:
                 self._abort()
+                self._pass_on()
             for index, error in refused.items():
                 raise RecordRejectedError(index, f"{error.name()}: {error.str()}") from None
             raise
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._turn = (self._turn + 1) % len(self._producers)
 
     def _check_topics(self, topics: Set[str], *, rights: bool) -> None:
         """A record for a topic that was deleted times out as for a leader that is away. This tells them apart. One that
@@ -145,7 +169,10 @@ class Transactor:
             )
 
     def _produce(self, messages: Sequence[Outgoing], refused: dict[int, KafkaError] | None) -> None:
+        if not messages:
+            return
         produce, producer = self._producer.produce, self._producer
+        registered = time.monotonic() + self._head_start_s
         for index, (topic, key, value, headers, partition) in enumerate(messages):
             more = {} if refused is None else {"on_delivery": _note(refused, index)}
             while True:
@@ -161,6 +188,8 @@ class Transactor:
                         raise RecordRejectedError(index, f"{cause.name()}: {cause.str()}") from error
                     raise self._meaning(cause, "produce") from error
         producer.poll(0)
+        if (wait_s := registered - time.monotonic()) > 0:
+            time.sleep(wait_s)
 
     def _abort(self) -> None:
         self._call(lambda: self._producer.abort_transaction(_CALL_TIMEOUT_S), "abort_transaction")
@@ -205,11 +234,13 @@ class Transactor:
         # It fails when none is open, or the id is fenced; either way nothing of it can commit any more.
         with suppress(KafkaException):
             self._producer.abort_transaction(1.0)
-        with suppress(KafkaException):
-            self._producer.purge()
-            self._producer.flush(0.1)
+        for producer in self._producers:
+            with suppress(KafkaException):
+                producer.purge()
+                producer.flush(0.1)
         # The client has no close; its threads and connections end with the object.
-        del self._producer
+        del producer
+        self._producers.clear()
 
 
 def _may_lack(failure: BaseException) -> bool:

@@ -13,7 +13,7 @@ from schemas.topics import topic_of
 from streams.binding import Binding
 from streams.directory import AgentDirectory
 from streams.errors import FencedError, MissingTopicError
-from streams.kafka import producer_settings
+from streams.kafka import producer_settings, transactional_ids
 from streams.runner import Runner
 from tests.support.processors import CODEC, read_committed, until
 from tests.support.steps import Echo
@@ -134,19 +134,20 @@ async def test_a_fenced_processor_comes_back_once_and_yields_to_a_rival(scene: S
     name = scene.bindings[0].agent.name
     rival_of = scene.bindings[0]
 
+    def take_ids() -> None:
+        for each in transactional_ids(rival_of.group, 0):
+            Producer({**scene.kafka.config, "transactional.id": each}).init_transactions(20)
+
     async def fence() -> None:
         before = runner.processors[name]
-        rival = Producer({**scene.kafka.config, "transactional.id": before.name})
-        await asyncio.to_thread(rival.init_transactions, 20)
-        del rival
+        await asyncio.to_thread(take_ids)
         # The fenced producer notices with its next transaction.
         scene.send(1)
         await until(lambda: runner.processors[name] is not before, running=running)
 
     await fence()
     await until(lambda: runner.ready and runner.processors[name].stats.events_in == 1, running=running)
-    rival = Producer({**scene.kafka.config, "transactional.id": runner.processors[name].name})
-    await asyncio.to_thread(rival.init_transactions, 20)
+    await asyncio.to_thread(take_ids)
     scene.send(1)
     with pytest.raises(FencedError, match="slot"):
         await asyncio.wait_for(running, 30)

@@ -20,7 +20,7 @@ from confluent_kafka import KafkaException
 
 from magnatronic.broker import TopicSpec, create_topics
 from schemas.topics import all_topics
-from streams.kafka import instance_id
+from streams.kafka import instance_id, transactional_ids
 from tests.chaos.harness.checks import ChaosError, Verdict
 from tests.chaos.harness.cluster import Cluster, cluster_of
 from tests.chaos.harness.feed import Feeder
@@ -448,7 +448,7 @@ class Run:
 
     def _snapshot(self) -> None:
         slots = [str(slot) for slot in range(self.options.workers)]
-        self._view.abort_open(instance_id(group, slot) for group in GROUPS for slot in slots)
+        self._view.abort_open(each for group in GROUPS for slot in slots for each in transactional_ids(group, slot))
         self._view.wait_readable(30.0)
         verdict = Verdict()
         self._verifier.verify_prefix(verdict)
