@@ -6,9 +6,10 @@ error that says what to do next. Everything here blocks; the processor calls it 
 Why two producers (docs/decisions/0013): while the markers of a producer's last transaction are being written, which is
 after its commit has returned, the coordinator answers CONCURRENT_TRANSACTIONS. Asked to add offsets, librdkafka asks
 again after retry.backoff.ms; asked to add a record's partition, it waits for a fixed 20 ms. One producer alone would
-have to have its offsets through before it is given the first record. With two the markers are written by a producer's next
-turn, and records and offsets travel side by side. A transaction begins when the one before has ended, so one is open at
-most, and the group's coordinator applies offsets in the order of their writing, whichever markers come first.
+have to have its offsets through before it is given the first record. With two the markers are written by the time it
+is a producer's turn again, and records and offsets travel side by side. A transaction begins when the one before has
+ended, so one is open at most, and the group's coordinator keeps the offset that was written last, whichever markers
+come first.
 """
 
 import logging
