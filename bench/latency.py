@@ -25,8 +25,8 @@ _SLICES: Final = 4
 
 
 def measure(bootstrap_servers: str, *, seconds: float) -> list[Figure]:
-    """Figures for each of :data:`RATES`, after two seconds of warm-up; a sample for each quarter of ``seconds``, but
-    one alone for the 99.9th percentile, which a quarter has too few events for.
+    """Figures for each of :data:`RATES`, after ``seconds`` that warm the broker up and two more at each rate; a sample
+    for each quarter of ``seconds``, but one alone for the 99.9th percentile, which a quarter has too few events for.
 
     Raises:
         RuntimeError: an event had no output within 30 s, or two, or the worker ended.
@@ -39,6 +39,8 @@ def measure(bootstrap_servers: str, *, seconds: float) -> list[Figure]:
         try:
             with Hop(bootstrap_servers, SOURCE, OURS_TARGET, partitions=PARTITIONS, alive=worker.cpu_s) as hop:
                 hop.run(shots_of(submission(number, "latency-start") for number in range(50)), 50)
+                warm_up = int(max(RATES) * seconds)
+                hop.run(shots_of(submission(number, "latency-warm") for number in range(warm_up)), max(RATES))
                 for rate in RATES:
                     count = int(rate * (_WARM_UP_S + seconds))
                     shots = shots_of(submission(number, f"latency-{rate}") for number in range(count))
