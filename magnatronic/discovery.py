@@ -28,8 +28,9 @@ class FoundSystem:
         return make_codec(self.settings)
 
 
-def find_system(data_dir: str | Path | None = None) -> FoundSystem:
-    """The system of this process's environment, or on ``data_dir``. A cluster was asked whether it lets us in.
+def find_system(data_dir: str | Path | None = None, *, ask: bool = True) -> FoundSystem:
+    """The system of this process's environment, or on ``data_dir``. With ``ask``, a cluster was asked whether it lets
+    us in.
 
     Raises:
         AccessError: the cluster refuses the login; the message says what to set.
@@ -40,7 +41,8 @@ def find_system(data_dir: str | Path | None = None) -> FoundSystem:
     settings = Settings.load(**({} if data_dir is None else {"data_dir": Path(data_dir)}))
     if not settings.embedded_kafka:
         kafka = settings.kafka_client_config()
-        check_login(kafka)
+        if ask:
+            check_login(kafka)
         return FoundSystem(settings, kafka)
     status = call(settings.data_dir, "status")
     return FoundSystem(settings, settings.kafka_client_config(status["bootstrap_servers"]))

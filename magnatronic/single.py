@@ -21,6 +21,7 @@ from magnatronic.roles import MONITOR_ROLE, SINK_ROLES, Workbench, agents_of, in
 from magnatronic.system import first_of
 from magnatronic.tracing import make_tracer
 from sinks.runner import SinkRunner
+from streams.access import check_login
 from streams.directory import AgentDirectory
 from streams.runner import Runner
 from streams.slots import SlotLock
@@ -75,7 +76,9 @@ class SingleRole:
         """Start; returns when it works. When it raises, nothing is left running.
 
         Raises:
+            AccessError: the cluster refuses the login.
             BrokerError: the topics can't be had.
+            ClusterError: the cluster does not answer.
             PartFailedError: it failed or was not ready in time.
             RegistryError: the schema registry gave no ids.
         """
@@ -85,6 +88,7 @@ class SingleRole:
             await self._observer.start()
             codec = await asyncio.to_thread(ready_codec, self.settings)
             if not self.settings.embedded_kafka:
+                await asyncio.to_thread(check_login, self._kafka)
                 await asyncio.to_thread(
                     ensure_topics,
                     self._kafka,

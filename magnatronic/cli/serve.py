@@ -93,7 +93,8 @@ def run(role: str, *, slot: str | None, data_dir: Path | None, out: Output) -> i
     from magnatronic.logs import log_to
     from magnatronic.single import SingleRole
 
-    single = SingleRole(role, find_system(data_dir), slot=slot)
+    # Not asked yet: what is wrong with the command is told first.
+    single = SingleRole(role, find_system(data_dir, ask=False), slot=slot)
     settings = single.settings
     log_to(settings.data_dir / "logs" / f"{single.slot}.log", settings.log_level)
 

@@ -204,7 +204,10 @@ def test_the_last_stable_offset_stands_before_an_open_transaction(cluster: Clust
     try:
         _, stable = consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=20)
         open_one.commit_transaction(20)
-        _, afterwards = consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=20)
+        # The commit returns when it is decided; the markers are written right after.
+        deadline = time.monotonic() + 20
+        while (afterwards := consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=20)[1]) == stable:
+            assert time.monotonic() < deadline
     finally:
         consumer.close()
     assert stable == 2  # the record and its commit marker
