@@ -35,9 +35,11 @@ __all__ = ["Committer"]
 _MAX_MESSAGES: Final = 10_000
 _MAX_BYTES: Final = 16 * 1024 * 1024
 """A transaction's bounds: it is over in a second or so, far from its timeout of ten."""
-_BESIDE_OTHERS: Final = 500
-"""Messages of a rank in a transaction where a more urgent one may be waiting for its end. That is still enough to keep
-up: a transaction of so many takes less time than to handle as many events."""
+_BESIDE_OTHERS: Final = 125
+"""Messages of a rank in a transaction where a more urgent one may be waiting for its end; or as many as follow."""
+_BESIDE_A_SECOND: Final = 12_000
+_MOST_BESIDE: Final = 2000
+"""Where transactions take long, as with replicas, larger ones take hardly longer, and small ones could not keep up."""
 _BEHIND_URGENT: Final = 100
 """The same where more urgent ones are in the transaction, which each of these delays; or as many as those."""
 _ABORTED_BACKOFF_S: Final = 0.05
@@ -86,8 +88,8 @@ class Committer:
         self._interval_s = interval_s
         # By rank: only within a partition does the order matter, and a partition has one rank.
         self._finished: tuple[deque[Entry], ...] = (deque(), deque(), deque())
-        most_urgent = min(ranks, default=0)
-        self._most = tuple(_MAX_MESSAGES if rank == most_urgent else _BESIDE_OTHERS for rank in RANKS)
+        self._most_urgent = min(ranks, default=0)
+        self._takes_s = 0.0
         self._selected: list[Entry] = []
         self._journalling: list[Work] = []
         self._wake = asyncio.Event()
@@ -208,7 +210,9 @@ class Committer:
 
     def _take(self, selected: list[Entry], messages: list[Outgoing], done: dict[Partition, list[int]]) -> None:
         """Take what is finished, the most urgent first; where ranks are mixed, of each only so much."""
-        for finished, most in zip(self._finished, self._most, strict=True):
+        beside = min(_MOST_BESIDE, max(_BESIDE_OTHERS, int(self._takes_s * _BESIDE_A_SECOND)))
+        for rank, finished in enumerate(self._finished):
+            most = _MAX_MESSAGES if rank == self._most_urgent else beside
             if messages:
                 most = min(most, max(len(messages), _BEHIND_URGENT))
             size, most = 0, len(messages) + most
@@ -290,6 +294,7 @@ class Committer:
             now - entry.since for entry in selected[:: 1 + len(selected) // 64] if isinstance(entry, Work)
         )
         stats.commit_latencies.append(took_s)
+        self._takes_s += (took_s - self._takes_s) / 8
         stats.transactions += 1
         self._diagnose = False
         self._aborts = 0

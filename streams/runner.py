@@ -17,8 +17,8 @@ from schemas.codec import Codec
 from streams.binding import Binding
 from streams.control import CancelledSteps, ControlReader
 from streams.errors import FencedError, ProcessorError
-from streams.garbage import collecting_seldom
 from streams.holdups import Holdups
+from streams.interpreter import collecting_seldom, switching_soon
 from streams.processor import Processor
 from streams.readiness import Readiness
 from streams.telling import INTERVAL_S, Teller
@@ -93,7 +93,7 @@ class Runner:
         Raises:
             ProcessorError: one processor can't go on; the others were stopped.
         """
-        with collecting_seldom():
+        with collecting_seldom(), switching_soon():
             await self._run()
 
     async def _run(self) -> None:

@@ -1,6 +1,7 @@
 """The committer with a transactor that records what it commits, and aborts as told."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -40,9 +41,12 @@ def message(value: bytes, topic: str = "out") -> Outgoing:
 
 
 class Transactions:
-    """``aborts``: which commits, by number from 0, are aborted. ``refused``: a value that is never taken."""
+    """``aborts``: which commits, by number from 0, are aborted. ``refused``: a value that is never taken. ``takes_s``:
+    how long each takes.
+    """
 
-    def __init__(self, aborts: Sequence[int] = (), refused: bytes = b"") -> None:
+    def __init__(self, aborts: Sequence[int] = (), refused: bytes = b"", takes_s: float = 0.0) -> None:
+        self._takes_s = takes_s
         self.committed: list[tuple[list[bytes], list[TopicPartition]]] = []
         self.calls = 0
         self._aborts, self._refused = set(aborts), refused
@@ -52,6 +56,7 @@ class Transactions:
     ) -> None:
         assert group == "member"
         number, self.calls = self.calls, self.calls + 1
+        time.sleep(self._takes_s)
         values = [message[2] or b"" for message in messages]
         if number in self._aborts:
             raise TransactionAbortedError("told to")
@@ -301,8 +306,21 @@ async def test_an_urgent_result_waits_for_no_large_transaction() -> None:
     await rig.commit()
     first, _ = rig.transactions.committed[0]
     assert first[0] == b"high"
-    assert first.count(b"low") == 500, "and the low ones go on beside"
+    assert first.count(b"low") == 125, "and the low ones go on beside"
     assert rig.transactions.values.count(b"low") == 5000
+
+
+async def test_where_transactions_take_long_the_others_fill_them() -> None:
+    rig = Rig(Transactions(takes_s=0.04), ranks=(0, 2))
+    low = partition(0, topic="work.low")
+    for offset in range(4000):
+        rig.committer.add(work(low, offset, b"low"))
+    await rig.commit()
+    sizes = [len(values) for values, _ in rig.transactions.committed]
+    assert sizes[0] == 125
+    assert max(sizes) > 250
+    assert max(sizes) <= 2000
+    assert sum(sizes) == 4000
 
 
 async def test_few_others_go_with_an_urgent_result() -> None:
@@ -314,5 +332,5 @@ async def test_few_others_go_with_an_urgent_result() -> None:
     await rig.commit()
     first, second = (values for values, _ in rig.transactions.committed[:2])
     assert first == [b"high"] + [b"low"] * 100
-    assert second == [b"low"] * 500
+    assert second == [b"low"] * 125
     assert rig.transactions.values.count(b"low") == 1000
