@@ -7,7 +7,6 @@ either with days of figures or, after a crash before its first commit, too late.
 """
 
 import logging
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Final
@@ -19,6 +18,7 @@ from streams.access import check_login, denied, lacking, refusal
 from streams.errors import ClusterError, MissingTopicError
 from streams.kafka import reader_settings
 from streams.state import CHANGELOG_CONFIG
+from streams.tail import offsets_since
 
 __all__ = ["prepare"]
 
@@ -98,18 +98,10 @@ def _create(kafka: Mapping[str, Any], admin: AdminClient, counts: Mapping[str, i
 
 
 def _begin(kafka: Mapping[str, Any], group: str, places: list[TopicPartition]) -> None:
-    since_ms = int((time.time() - _READ_BACK.total_seconds()) * 1000)
     consumer = Consumer({**reader_settings(kafka, group), "group.id": group})
     try:
-        # The ends first: what is appended between the two questions is then found by one of them.
-        earliest = {
-            (place.topic, place.partition): consumer.get_watermark_offsets(place, timeout=_TIMEOUT_S)[1]
-            for place in places
-        }
-        asked = [TopicPartition(place.topic, place.partition, since_ms) for place in places]
-        for place in consumer.offsets_for_times(asked, timeout=_TIMEOUT_S):
-            if place.offset >= 0:  # else no record is that young
-                earliest[place.topic, place.partition] = place.offset
+        begins = offsets_since(consumer, places, _READ_BACK, timeout_s=_TIMEOUT_S)
+        earliest = {(place.topic, place.partition): place.offset for place in begins}
         moved = [
             TopicPartition(place.topic, place.partition, earliest[place.topic, place.partition])
             for place in consumer.committed(places, timeout=_TIMEOUT_S)

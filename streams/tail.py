@@ -23,7 +23,7 @@ from schemas.metadata import Envelope
 from schemas.record import Record
 from streams.kafka import passes, reader_settings
 
-__all__ = ["Heard", "Projection", "Tail"]
+__all__ = ["Heard", "Projection", "Tail", "offsets_since"]
 
 _BATCH: Final = 1000
 _POLL_S: Final = 0.1
@@ -31,6 +31,30 @@ _RETRY_S: Final = 1.0
 _METADATA_S: Final = 3.0
 """Who stops it waits so long at most. What is not answered by then is asked again."""
 log = logging.getLogger(__name__)
+
+
+def offsets_since(
+    consumer: Consumer, places: Sequence[TopicPartition], since: timedelta, *, timeout_s: float
+) -> list[TopicPartition]:
+    """``places`` with the offset of the first record that is no older than ``since``, or the end where none is. Blocks,
+    for ``timeout_s`` seconds a question at most.
+
+    Raises:
+        KafkaException: the cluster did not answer, or not for every partition.
+    """
+    since_ms = int((time.time() - since.total_seconds()) * 1000)
+    # The ends first: what is appended between the two questions is then found by one of them.
+    ends = {
+        (place.topic, place.partition): consumer.get_watermark_offsets(place, timeout=timeout_s)[1] for place in places
+    }
+    asked = [TopicPartition(place.topic, place.partition, since_ms) for place in places]
+    found: list[TopicPartition] = consumer.offsets_for_times(asked, timeout=timeout_s)
+    for place in found:
+        if place.error is not None:
+            raise KafkaException(place.error)
+        if place.offset < 0:  # no record is that young
+            place.offset = ends[place.topic, place.partition]
+    return found
 
 
 class Heard(NamedTuple):
@@ -89,15 +113,6 @@ class Tail:
         if self._thread.is_alive():
             self._thread.join()
 
-    def __enter__(self) -> Self:
-        """Begins."""
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops."""
-        self.stop()
-
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
@@ -138,16 +153,7 @@ class Tail:
             raise KafkaException(topic.error)
         places = [TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in topic.partitions]
         if self._since is not None:
-            since_ms = int((time.time() - self._since.total_seconds()) * 1000)
-            # The ends first: what is appended between the two questions is then found by one of them.
-            ends = {place.partition: consumer.get_watermark_offsets(place, timeout=_METADATA_S)[1] for place in places}
-            asked = [TopicPartition(self._topic, place.partition, since_ms) for place in places]
-            places = consumer.offsets_for_times(asked, timeout=_METADATA_S)
-            for place in places:
-                if place.error is not None:
-                    raise KafkaException(place.error)
-                if place.offset < 0:  # no record is that young
-                    place.offset = ends[place.partition]
+            places = offsets_since(consumer, places, self._since, timeout_s=_METADATA_S)
         consumer.assign(places)
         return set(topic.partitions)
 
