@@ -8,13 +8,16 @@ bound them in time by asyncio's own means (``gather``, ``TaskGroup``, ``wait``, 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel
 
 from agents.context import Context
+from agents.errors import PredecessorError
 from schemas.events import Event
 from schemas.topics import key_of
 
@@ -52,9 +55,14 @@ class Agent(ABC, Generic[StateT]):
     emits: ClassVar[tuple[type[Event], ...]]
     capabilities: ClassVar[tuple[str, ...]] = ()
     state_type: ClassVar[type[BaseModel] | None] = None
+    predecessors: ClassVar[Mapping[str, "type[Agent[Any]]"]] = MappingProxyType({})
+    """The classes that decided under earlier versions, where this one decides otherwise: see :meth:`at_version`."""
 
     def lane(self, event: Event) -> str:
-        """The lane of ``event``: events of one lane are handled one after another. By default its record key."""
+        """The lane of ``event``: events of one lane are handled one after another. By default its record key.
+
+        A lane lies within one record key: whatever the event type, events of one lane have the same key.
+        """
         return key_of(event)
 
     @abstractmethod
@@ -77,3 +85,43 @@ class Agent(ABC, Generic[StateT]):
     def source(self) -> str:
         """The CloudEvents source of what this agent emits: ``/agents/<name>@<version>``."""
         return f"/agents/{self.name}@{self.version}"
+
+    def at_version(self, version: str) -> "Agent[Any]":
+        """The agent that makes the decisions of ``version``: what an audit re-decides events with that it had handled.
+
+        An older class that ``predecessors`` names for the version, always the same instance; else this agent, which
+        so stands for its own version and for all whose decisions it still makes. One class may stand for several
+        versions. It has this agent's name and lanes, and reads the state that others of them left: fields that a
+        later state model gained have defaults there.
+
+        >>> class Polite(Echo):
+        ...     version = "2"
+        ...     predecessors: ClassVar = {"1": Echo}
+        >>> type(Polite().at_version("1")), type(Polite().at_version("2"))
+        (<class 'Echo'>, <class 'Polite'>)
+
+        Raises:
+            PredecessorError: the older class is another agent's: it has another name.
+        """
+        older = self.predecessors.get(version)
+        if older is None:
+            return self
+        if (agent := self._older.get(older)) is None:
+            if older.name != self.name:
+                raise PredecessorError(
+                    f"{type(self).__name__}.predecessors names {older.__name__} for version {version}, which is agent "
+                    f"{older.name!r}, not {self.name!r}: list a class of the same agent"
+                )
+            agent = self._older[older] = older.preceding(self)
+        return agent
+
+    @classmethod
+    def preceding(cls, successor: "Agent[Any]") -> Self:
+        """An instance of this older class, for ``successor`` to re-decide with. Override it where ``__init__`` takes
+        arguments: what they were comes from ``successor``.
+        """
+        return cls()
+
+    @cached_property
+    def _older(self) -> "dict[type[Agent[Any]], Agent[Any]]":
+        return {}

@@ -6,6 +6,7 @@ AgentError
 ├── InvalidPlanError       a plan can't be carried out; the message says why
 ├── MissingPortError       a handler asked for something that this process is not configured with
 ├── NondeterminismError    a re-decided step differs from the recorded one
+├── PredecessorError       an agent names another agent's class as its predecessor
 ├── ProviderError          a language model provider is unknown, or its key is missing
 └── UndeclaredOutputError  a handler emitted a type that its agent does not list
 """
@@ -17,6 +18,7 @@ __all__ = [
     "InvalidPlanError",
     "MissingPortError",
     "NondeterminismError",
+    "PredecessorError",
     "ProviderError",
     "UndeclaredOutputError",
 ]
@@ -58,6 +60,10 @@ class UndeclaredOutputError(AgentError):
 
 class InvalidPlanError(AgentError):
     """A plan has a cycle, an unknown capability, too many steps, or is no plan at all."""
+
+
+class PredecessorError(AgentError):
+    """An agent's ``predecessors`` hold a class that is another agent's."""
 
 
 class ProviderError(AgentError):

@@ -32,6 +32,7 @@ __all__ = [
     "live_state",
     "run_failure",
     "run_step",
+    "state_for",
 ]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -107,6 +108,18 @@ def live_state(state: LaneState | None, timestamp_ms: int) -> LaneState | None:
     if state is None or state.expires_at is None or _time_of(timestamp_ms) < state.expires_at:
         return state
     return None
+
+
+def state_for(agent: Agent[Any], state: LaneState | None) -> LaneState | None:
+    """``state`` as ``agent`` reads it when another version of it left it: its own model, as after a restart.
+
+    Raises:
+        pydantic.ValidationError: the model can't be read as this agent's.
+    """
+    model = agent.state_type
+    if state is None or model is None or type(state.value) is model:
+        return state
+    return LaneState(model.model_validate_json(state.value.model_dump_json()), state.now, state.expires_at)
 
 
 def failure_of(error: BaseException) -> Failure:
