@@ -20,7 +20,8 @@ from agents.errors import NondeterminismError
 from agents.journal import Journal
 from agents.step import LaneState, StepResult, concerns, failure_of, lane_of, run_failure, run_step
 from replay.errors import OpenTaskError, UnknownTaskError
-from replay.log import read_log
+from replay.kafka_log import KafkaLog
+from replay.selection import Selection
 from schemas.codec import Codec
 from schemas.events import (
     Effect,
@@ -137,7 +138,9 @@ def replay_task(task_id: str, *, agents: Sequence[Agent[Any]], kafka: Mapping[st
         LogReadError: the log could not be read.
     """
     topics = [name for topic in TOPICS if topic.key == "task_id" for name in topic.names()]
-    records = list(read_log(kafka, topics, keys={task_id.encode()}))
+    selection = Selection(topics=frozenset(topics), tasks=frozenset({task_id}))
+    with KafkaLog(kafka) as log:
+        records = [record for batch in log.read(selection) for record in batch.records]
     if not records:
         raise UnknownTaskError(
             f'the log holds no task {task_id!r}; `magnatronic query "select * from tasks"` lists them'
