@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from agents.agent import Failure
 from agents.context import Context, LlmRequest, Message, Passage, Purpose
+from agents.prompts import NOT_FOUND_WORD, Prompts
 from agents.text import (
     best_sentences,
     content_words,
@@ -22,25 +23,14 @@ from agents.text import (
 )
 from schemas.events import Citation, Claim, Evidence, StepAssigned, StepCompleted, StepFailed
 
-__all__ = ["NOT_FOUND_WORD", "answer_step", "merged", "no_evidence", "step_failed"]
-
-NOT_FOUND_WORD: Final = "NOT_FOUND"
-"""What a language model answers, alone, when the passages don't hold the answer."""
-
-_SYSTEM: Final = f"""You answer questions from numbered passages of a corpus, and from nothing else.
-Put the number of the passage that supports it behind each sentence, as in [1]; several as in [1][3].
-Keep numbers, names, versions and negations exactly as the passages have them. Be brief: a few sentences.
-If the passages do not hold the answer, reply with the one word {NOT_FOUND_WORD}."""
-
-_COMBINE: Final = f"""{_SYSTEM}
-The question asks you to weigh several things: say what the passages tell of each of them, and where they differ."""
+__all__ = ["answer_step", "merged", "no_evidence", "step_failed"]
 
 _QUOTE_CHARS: Final = 400
 """A quote is there to be checked at a glance; the whole passage is in the evidence."""
 
 
 async def answer_step(
-    event: StepAssigned, evidence: Sequence[Evidence], ctx: Context[Any], *, combine: bool = False
+    event: StepAssigned, evidence: Sequence[Evidence], ctx: Context[Any], prompts: Prompts, *, combine: bool = False
 ) -> StepCompleted:
     """Ask the language model for an answer to ``event``'s objective over ``evidence``, and take it apart.
 
@@ -49,13 +39,11 @@ async def answer_step(
     """
     messages: tuple[Message, ...] = (Message(role="user", content=event.objective),)
     if event.finding:
-        messages += (
-            Message(role="user", content=f"A reviewer sent the last answer back: {event.finding}\nAnswer again."),
-        )
+        messages += (Message(role="user", content=prompts.reviewing(event.finding)),)
     response = await ctx.llm(
         LlmRequest(
             purpose=Purpose.ANSWER,
-            system=_COMBINE if combine else _SYSTEM,
+            system=prompts.combining if combine else prompts.answer,
             messages=messages,
             passages=tuple(
                 Passage(marker=number, chunk_id=item.chunk_id, title=_title(item), text=item.text)

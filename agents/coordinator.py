@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from agents.agent import Agent, Failure
 from agents.context import Context, LlmRequest, Message, Passage, Purpose
+from agents.prompts import PROMPTS, Prompts
 from agents.text import is_not_found, markers_inside, markers_of, renumber
 from schemas.events import (
     Assessment,
@@ -63,9 +64,6 @@ _DEADLINE: Final = "deadline"
 
 _NO_STEPS: Final = "the plan has no steps"
 
-_SYNTHESIS: Final = """You combine the notes into one answer to the question.
-Use only what the notes say, keep their markers such as [1] behind the sentences they belong to, and be brief."""
-
 
 class StepStatus(StrEnum):
     """Where a step of a task stands."""
@@ -111,6 +109,9 @@ class Coordinator(Agent[TaskState]):
     consumes = (PlanProposed, PlanRejected, StepAssessed, StepFailed, TaskCancelRequested, TimerFired)
     emits = (StepAssigned, StepCancelRequested, TaskCompleted, TaskFailed, TaskCancelled, TaskExpired)
     state_type = TaskState
+
+    def __init__(self, prompts: Prompts = PROMPTS) -> None:
+        self._prompts = prompts
 
     async def handle(self, event: Event, ctx: Context[TaskState]) -> None:
         """Take the task one step further.
@@ -191,7 +192,7 @@ class Coordinator(Agent[TaskState]):
             )
             task = _with(task, accepted)
             if all(progress.status is StepStatus.ACCEPTED for progress in task.steps):
-                _end(await _completed(event.task_id, task, ctx), task, ctx)
+                _end(await _completed(event.task_id, task, ctx, self._prompts), task, ctx)
             else:
                 ctx.state = await _assign_ready(event.task_id, task, ctx)
         elif event.decision is Assessment.REVISE and event.revision < MAX_REVISIONS:
@@ -315,13 +316,13 @@ def _assignment(task_id: str, task: TaskState, progress: StepProgress, capabilit
     )
 
 
-async def _completed(task_id: str, task: TaskState, ctx: Context[TaskState]) -> TaskCompleted:
+async def _completed(task_id: str, task: TaskState, ctx: Context[TaskState], prompts: Prompts) -> TaskCompleted:
     needed = {name for progress in task.steps for name in progress.step.depends_on}
     leaves = [progress for progress in task.steps if progress.step.step_id not in needed]
     if len(leaves) == 1:
         answer, citations = leaves[0].answer, leaves[0].citations
     else:
-        answer, citations = await _synthesised(task.objective, leaves, ctx)
+        answer, citations = await _synthesised(task.objective, leaves, ctx, prompts)
     return TaskCompleted(
         task_id=task_id,
         objective=task.objective,
@@ -333,14 +334,14 @@ async def _completed(task_id: str, task: TaskState, ctx: Context[TaskState]) -> 
 
 
 async def _synthesised(
-    objective: str, leaves: Sequence[StepProgress], ctx: Context[TaskState]
+    objective: str, leaves: Sequence[StepProgress], ctx: Context[TaskState], prompts: Prompts
 ) -> tuple[str, tuple[Citation, ...]]:
     """One answer out of several: the leaves' answers as notes, with markers that are unique over all of them."""
     notes, citations = _notes(leaves)
     response = await ctx.llm(
         LlmRequest(
             purpose=Purpose.SYNTHESISE,
-            system=_SYNTHESIS,
+            system=prompts.synthesise,
             messages=(Message(role="user", content=objective),),
             passages=notes,
         )

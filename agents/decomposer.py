@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from agents.agent import Agent, Failure
 from agents.context import Context, LlmRequest, Message, Purpose
 from agents.errors import InvalidPlanError
-from agents.planning import MAX_STEPS, PLAN_SCHEMA, Plan, parse_plan, planned_steps
+from agents.planning import PLAN_SCHEMA, Plan, parse_plan, planned_steps
+from agents.prompts import PROMPTS, Prompts
 from schemas.events import PlannedStep, PlanProposed, PlanRejected, TaskSubmitted
 from schemas.topics import CAPABILITIES
 
@@ -23,20 +24,6 @@ PLAN_PARAMETER: Final = "plan"
 
 _REMEMBERED: Final = timedelta(days=30)
 """How long a repeated submission is known as one; the design's time for markers of finished tasks."""
-
-_WHAT: Final = {
-    "retrieve": "answer one self-contained question from the corpus, with citations",
-    "research": "look from several sides, and combine the results of the steps it depends on, with citations",
-}
-
-_SYSTEM: Final = f"""You plan how a question is answered from a corpus of documents.
-Answer with a JSON plan: steps (id, capability, objective, depends_on) and a one-sentence rationale.
-Capabilities:
-{chr(10).join(f"- {name}: {_WHAT[name]}" for name in CAPABILITIES)}
-A simple question is one retrieve step whose objective is the question as it was asked.
-A question with several parts gets a retrieve step for each part; each objective must stand alone, without pronouns.
-Where the parts have to be weighed against each other, as in a comparison, add a research step that depends on them.
-Dependencies must not form a cycle. At most {MAX_STEPS} steps, and no more than the question needs."""
 
 
 class PlanMarker(BaseModel):
@@ -54,6 +41,9 @@ class Decomposer(Agent[PlanMarker]):
     consumes = (TaskSubmitted,)
     emits = (PlanProposed, PlanRejected)
     state_type = PlanMarker
+
+    def __init__(self, prompts: Prompts = PROMPTS) -> None:
+        self._prompts = prompts
 
     async def handle(self, event: TaskSubmitted, ctx: Context[PlanMarker]) -> None:
         """Propose a plan, or reject the task with the reason.
@@ -90,23 +80,24 @@ class Decomposer(Agent[PlanMarker]):
         if given is not None:
             return _understood(given, event)
         messages: tuple[Message, ...] = (Message(role="user", content=event.objective),)
-        answer = await ctx.llm(_request(messages))
+        answer = await ctx.llm(self._request(messages))
         try:
             return _understood(answer.text, event)
         except InvalidPlanError as error:
-            mend = f"That plan can't be used: {error}. Answer with the corrected plan as JSON and nothing else."
-            messages += (Message(role="assistant", content=answer.text), Message(role="user", content=mend))
-        answer = await ctx.llm(_request(messages))
+            mend = Message(role="user", content=self._prompts.mending(str(error)))
+            messages += (Message(role="assistant", content=answer.text), mend)
+        answer = await ctx.llm(self._request(messages))
         return _understood(answer.text, event)
+
+    def _request(self, messages: tuple[Message, ...]) -> LlmRequest:
+        return LlmRequest(
+            purpose=Purpose.PLAN, system=self._prompts.plan, messages=messages, response_schema=PLAN_SCHEMA
+        )
 
     def _reject(self, event: TaskSubmitted, reason: str, ctx: Context[PlanMarker]) -> None:
         ctx.emit(PlanRejected(task_id=event.task_id, objective=event.objective, reason=reason))
         ctx.state = PlanMarker(steps=0)
         ctx.expire_state(_REMEMBERED)
-
-
-def _request(messages: tuple[Message, ...]) -> LlmRequest:
-    return LlmRequest(purpose=Purpose.PLAN, system=_SYSTEM, messages=messages, response_schema=PLAN_SCHEMA)
 
 
 def _understood(text: str, event: TaskSubmitted) -> tuple[Plan, tuple[PlannedStep, ...]]:

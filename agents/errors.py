@@ -7,6 +7,7 @@ AgentError
 ├── MissingPortError       a handler asked for something that this process is not configured with
 ├── NondeterminismError    a re-decided step differs from the recorded one
 ├── PredecessorError       an agent names another agent's class as its predecessor
+├── PromptError            a prompt is unknown, or lacks what it has to hold
 ├── ProviderError          a language model provider is unknown, or its key is missing
 └── UndeclaredOutputError  a handler emitted a type that its agent does not list
 """
@@ -19,6 +20,7 @@ __all__ = [
     "MissingPortError",
     "NondeterminismError",
     "PredecessorError",
+    "PromptError",
     "ProviderError",
     "UndeclaredOutputError",
 ]
@@ -52,6 +54,10 @@ class MissingPortError(AgentError):
 
 class NondeterminismError(AgentError):
     """A re-decided step does not match what was recorded."""
+
+
+class PromptError(AgentError):
+    """There is no prompt of that name, or its text lacks a place that is filled in."""
 
 
 class UndeclaredOutputError(AgentError):

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from agents.agent import Agent, Failure
 from agents.answering import answer_step, merged, no_evidence, step_failed
 from agents.context import Context
+from agents.prompts import PROMPTS, Prompts
 from agents.text import content_words
 from schemas.events import Evidence, StepAssigned, StepCompleted, StepFailed
 
@@ -42,6 +43,9 @@ class Researcher(Agent[BaseModel]):
     emits = (StepCompleted, StepFailed)
     capabilities = ("research",)
 
+    def __init__(self, prompts: Prompts = PROMPTS) -> None:
+        self._prompts = prompts
+
     def lane(self, event: StepAssigned) -> str:  # type: ignore[override]
         """Steps of one task run side by side."""
         return event.step_id
@@ -62,7 +66,10 @@ class Researcher(Agent[BaseModel]):
             asked.add(query)
             found = merged(found, await ctx.recall(query, limit=_PASSAGES))
         evidence = _weighed(found, {item.chunk_id for item in given}, _KEPT + _PASSAGES * event.revision)
-        ctx.emit(await answer_step(event, evidence, ctx, combine=True) if evidence else no_evidence(event))
+        if evidence:
+            ctx.emit(await answer_step(event, evidence, ctx, self._prompts, combine=True))
+        else:
+            ctx.emit(no_evidence(event))
 
     async def on_failure(self, event: StepAssigned, failure: Failure, ctx: Context[BaseModel]) -> None:
         """Tell the Coordinator that the step failed, and whether another attempt may succeed."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from agents.agent import Agent, Failure
 from agents.answering import answer_step, merged, no_evidence, step_failed
 from agents.context import Context
+from agents.prompts import PROMPTS, Prompts
 from schemas.events import StepAssigned, StepCompleted, StepFailed
 
 __all__ = ["Retriever"]
@@ -29,6 +30,9 @@ class Retriever(Agent[BaseModel]):
     emits = (StepCompleted, StepFailed)
     capabilities = ("retrieve",)
 
+    def __init__(self, prompts: Prompts = PROMPTS) -> None:
+        self._prompts = prompts
+
     def lane(self, event: StepAssigned) -> str:  # type: ignore[override]
         """Steps of one task run side by side."""
         return event.step_id
@@ -43,7 +47,7 @@ class Retriever(Agent[BaseModel]):
         evidence = await ctx.recall(event.objective, limit=limit)
         if event.finding:
             evidence = tuple(merged(evidence, await ctx.recall(f"{event.objective} {event.finding}", limit=_PASSAGES)))
-        ctx.emit(await answer_step(event, evidence, ctx) if evidence else no_evidence(event))
+        ctx.emit(await answer_step(event, evidence, ctx, self._prompts) if evidence else no_evidence(event))
 
     async def on_failure(self, event: StepAssigned, failure: Failure, ctx: Context[BaseModel]) -> None:
         """Tell the Coordinator that the step failed, and whether another attempt may succeed."""

@@ -19,8 +19,8 @@ from typing import Final
 
 import orjson
 
-from agents.answering import NOT_FOUND_WORD
 from agents.context import LlmRequest, LlmResponse, Passage, Purpose
+from agents.prompts import NOT_FOUND_WORD
 from agents.providers.questions import Named, compared, named_in, parts_of, verb_of
 from agents.text import content_words, is_not_found, markers_inside, markers_of, overlap, sentences, split_sentences
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from agents.answering import NOT_FOUND_WORD
 from agents.context import LlmRequest, Message, Passage, Purpose
+from agents.prompts import NOT_FOUND_WORD
 from agents.providers.extractive import ExtractiveModel, answer, synthesise
 from agents.text import not_found, sentences, split_sentences, without_markers
 
