@@ -160,6 +160,26 @@ class Context(Generic[StateT]):
         scoped._scope = f"{self._scope}/{name}"
         return scoped
 
+    def changed(self, change: str) -> bool:
+        """Whether the change of this handler's code that is called ``change`` applies to this event. Recorded as
+        ChangeMarked.
+
+        True for events that the changed code handles. False where older code decided, so that an audit goes its way:
+        no marker is recorded; and where older code had got past this point when the event came to this one, by a retry
+        or a crash. The first call of an event decides; others, in whatever scope or attempt, are told the same.
+
+        >>> if ctx.changed("ask for sources"):
+        ...     prompt = SOURCED
+        ... else:
+        ...     prompt = PLAIN
+
+        Raises:
+            ValueError: the name is empty or holds a control character.
+        """
+        if not change or not change.isprintable():
+            raise ValueError(f"change {change!r}: give it a name of printable characters")
+        return self._journal.changed(change)
+
     async def llm(self, request: LlmRequest) -> LlmResponse:
         """Call a language model. Recorded as LlmCalled.
 

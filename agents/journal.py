@@ -20,7 +20,7 @@ from agents.handler_loop import Delay, of_thread
 from agents.ports import Ports
 from agents.turns import Turns
 from agents.world import Call
-from schemas.events import Effect, ToolCalled, ToolStarted, Waited
+from schemas.events import ChangeMarked, Effect, ToolCalled, ToolStarted, Waited
 from schemas.metadata import Envelope, Metadata, canonical_json, deterministic_id, request_hash
 
 __all__ = ["DOUBTFUL", "Identity", "Journal", "Request", "identity_of"]
@@ -208,16 +208,19 @@ class Journal:
 
     def unasked(self) -> list[str]:
         """What the attempt that decided recorded, but has not been asked for: ``<effect type> <request hash>`` (12
-        digits of it). Earlier attempts may have gone another way.
+        digits of it). Earlier attempts may have gone another way. That code no longer asks whether a change applies is
+        no difference: what it decides tells.
         """
-        asked = self._occurrences or {}
         return [
-            f"{name} {hashed[:12]}"
-            for (name, scope, hashed, occurrence), effect in self._recorded.items()
+            f"{identity[0]} {identity[2][:12]}"
+            for identity, effect in self._recorded.items()
             if effect.attempt == self._attempt
-            and not isinstance(effect, ToolStarted)
-            and occurrence >= asked.get((name, scope, hashed), 0)
+            and not isinstance(effect, ToolStarted | ChangeMarked)
+            and not self._asked(*identity)
         ]
+
+    def _asked(self, name: str, scope: str, hashed: str, occurrence: int) -> bool:
+        return self._occurrences is not None and occurrence < self._occurrences.get((name, scope, hashed), 0)
 
     # What handlers ask, through agents.effects.
 
@@ -254,6 +257,31 @@ class Journal:
             raise EffectFailedError(error["type"], error["message"], retryable=error["retryable"])
         assert isinstance(effect, effect_type)
         return effect
+
+    def changed(self, change: str) -> bool:
+        """Whether ``change`` applies to this event: as the first one to ask was told, over all attempts and crashes."""
+        text = canonical_json({"change": change})
+        place = _Place("", text, request_hash(text), 0)
+        identity = ChangeMarked.__name__, place.scope, place.hashed, place.occurrence
+        marked = self._recorded.get(identity)
+        if marked is None:
+            if self.replaying:
+                return False
+            taken = not self._begun_otherwise()
+            marked = self._record(ChangeMarked, place, datetime.now(UTC), latency_ms=0.0, change=change, taken=taken)
+            if self._recorded is _NOTHING:
+                self._recorded = {}
+            self._recorded[identity] = marked
+        assert isinstance(marked, ChangeMarked)
+        return marked.taken
+
+    def _begun_otherwise(self) -> bool:
+        """Whether an earlier attempt has got further than this one: it made calls that this one has not asked for yet.
+        Past this point it was then older code's, and what it paid for, or did outside, is to be taken up again.
+        """
+        made = [identity for identity, effect in self._recorded.items() if not isinstance(effect, ChangeMarked)]
+        made += [(ToolCalled.__name__, *place) for place in self._doubts or ()]
+        return not all(self._asked(*identity) for identity in made)
 
     def _occurrence(self, name: str, scope: str, hashed: str) -> int:
         if self._occurrences is None:

@@ -5,6 +5,7 @@ In: an observed record. Out: what it says, in words.
 
 from magnatronic.follow import Observed
 from schemas.events import (
+    ChangeMarked,
     ChunkEmbedded,
     DeadLettered,
     DocumentIndexed,
@@ -85,6 +86,8 @@ def describe(observed: Observed) -> str:
             return f"deadline {deadline:%H:%M:%S} UTC"
         case TaskCancelled(requested_by=who, reason=reason):
             return shorten(f"by {who} {reason}")
+        case ChangeMarked(agent=agent, change=change, taken=taken):
+            return f"{agent}: change {shorten(change)} {'applies' if taken else 'came too late'}"
         case Effect() as effect:
             failed = f", failed: {shorten(effect.error, 80)}" if effect.error else ""
             return f"{effect.agent}: {_effect(effect)} in {effect.latency_ms:.0f} ms{failed}"

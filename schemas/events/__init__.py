@@ -6,6 +6,7 @@ Importing this package registers every type in :data:`EVENT_TYPES`.
 from schemas.events.base import EVENT_TYPES, NAMESPACE, Event, Float32, Micros, Timestamp, Value
 from schemas.events.documents import ChunkEmbedded, DocumentIndexed, DocumentRemoved, DocumentSubmitted
 from schemas.events.effects import (
+    ChangeMarked,
     Effect,
     LlmCalled,
     MemoryRecalled,
@@ -71,6 +72,7 @@ __all__ = [
     "ApprovalRequested",
     "AssessedClaim",
     "Assessment",
+    "ChangeMarked",
     "ChunkEmbedded",
     "Citation",
     "Claim",

@@ -10,6 +10,7 @@ from schemas.events.base import Event, Timestamp
 from schemas.events.tasks import Evidence
 
 __all__ = [
+    "ChangeMarked",
     "Effect",
     "LlmCalled",
     "MemoryRecalled",
@@ -97,3 +98,12 @@ class Waited(Effect, family="effects"):
     """A delay that the handler set by its event loop's clock (a timeout, a sleep) had passed; ``seconds`` long."""
 
     seconds: float
+
+
+class ChangeMarked(Effect, family="effects"):
+    """The handler asked whether a change of its code, by name, applies to this event: ``taken`` when it does, and not
+    when older code had begun with the event. It is no call: nothing was done outside.
+    """
+
+    change: str
+    taken: bool

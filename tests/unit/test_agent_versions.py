@@ -27,7 +27,7 @@ class Count(BaseModel, frozen=True):
 class First(Agent[Any]):
     name, version = "counter", "1"
     consumes, emits = (TaskSubmitted,), (PlanRejected,)
-    state_type = OldCount
+    state_type: ClassVar[type[BaseModel] | None] = OldCount
 
     async def handle(self, event: TaskSubmitted, ctx: Context[Any]) -> None:
         ctx.state = OldCount(seen=1)
