@@ -1,43 +1,12 @@
-"""Events in a line, for people.
+"""Observed records in a line, for people.
 
 In: an observed record. Out: what it says, in words.
 """
 
 from magnatronic.follow import Observed
-from schemas.events import (
-    ChangeMarked,
-    ChunkEmbedded,
-    DeadLettered,
-    DocumentIndexed,
-    DocumentSubmitted,
-    Effect,
-    LlmCalled,
-    MemoryRecalled,
-    PlanProposed,
-    PlanRejected,
-    ProcessorStats,
-    StepAssessed,
-    StepAssigned,
-    StepCompleted,
-    StepFailed,
-    TaskCancelled,
-    TaskCompleted,
-    TaskExpired,
-    TaskFailed,
-    TaskSubmitted,
-    TextsEmbedded,
-    ToolCalled,
-    ToolStarted,
-    Waited,
-)
+from replay.words import say, shorten
 
 __all__ = ["describe", "one_line", "shorten"]
-
-
-def shorten(text: str, width: int = 100) -> str:
-    """``text`` on one line of at most ``width`` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
 
 
 def one_line(observed: Observed) -> str:
@@ -48,78 +17,6 @@ def one_line(observed: Observed) -> str:
     )
 
 
-def _step(step_id: str) -> str:
-    return f"step {step_id.rpartition('/')[2]}"
-
-
-def _again(attempt: int, revision: int) -> str:
-    return (f", attempt {attempt}" if attempt > 1 else "") + (f", revision {revision}" if revision else "")
-
-
 def describe(observed: Observed) -> str:
-    """What the event says, without its key."""
-    match observed.event:
-        case None:
-            return observed.error
-        case TaskSubmitted(objective=objective, priority=priority):
-            return f"{priority.value}: {shorten(objective)}"
-        case PlanProposed(steps=steps):
-            return f"{len(steps)} {'step' if len(steps) == 1 else 'steps'}: " + shorten(
-                "; ".join(f"{step.capability}: {step.objective}" for step in steps), 140
-            )
-        case PlanRejected(reason=reason):
-            return shorten(reason, 160)
-        case StepAssigned(step_id=step_id, capability=capability, objective=objective) as event:
-            again = _again(event.attempt, event.revision)
-            return f"{_step(step_id)} to {capability}{again}: {shorten(objective)}"
-        case StepCompleted(step_id=step_id, answer=answer, citations=citations):
-            return f"{_step(step_id)}, {len(citations)} citations: {shorten(answer)}"
-        case StepAssessed(step_id=step_id, decision=decision, groundedness=groundedness, finding=finding):
-            return f"{_step(step_id)}: {decision.value}, {groundedness:.0%} grounded {shorten(finding)}".rstrip()
-        case StepFailed(step_id=step_id, message=message):
-            return f"{_step(step_id)}: {shorten(message, 160)}"
-        case TaskCompleted(answer=answer, groundedness=groundedness):
-            return f"{groundedness:.0%} grounded: {shorten(answer)}"
-        case TaskFailed(reason=reason):
-            return shorten(reason, 160)
-        case TaskExpired(deadline=deadline):
-            return f"deadline {deadline:%H:%M:%S} UTC"
-        case TaskCancelled(requested_by=who, reason=reason):
-            return shorten(f"by {who} {reason}")
-        case ChangeMarked(agent=agent, change=change, taken=taken):
-            return f"{agent}: change {shorten(change)} {'applies' if taken else 'came too late'}"
-        case Effect() as effect:
-            failed = f", failed: {shorten(effect.error, 80)}" if effect.error else ""
-            return f"{effect.agent}: {_effect(effect)} in {effect.latency_ms:.0f} ms{failed}"
-        case DocumentSubmitted(title=title, text=text):
-            return f"{shorten(title)}, {len(text):,} characters"
-        case ChunkEmbedded(ordinal=ordinal, heading=heading, tokens=tokens):
-            return f"chunk {ordinal}, {tokens} tokens, {shorten(heading)}"
-        case DocumentIndexed(chunk_ids=chunk_ids):
-            return f"{len(chunk_ids)} chunks"
-        case DeadLettered(agent=agent, error_type=kind, error=error) as dead:
-            place = f"{dead.source_topic}[{dead.source_partition}]@{dead.source_offset}"
-            return f"{agent} gave up {place}: {kind}: {shorten(error)}"
-        case ProcessorStats() as stats:
-            return f"{stats.events_in} in, {stats.events_out} out, lag {stats.lag}, p99 {stats.p99_ms:.1f} ms"
-        case event:
-            fields = event.model_dump(mode="json", exclude={"task_id", "source", "document_id", "name"})
-            return shorten(", ".join(f"{name} {value}" for name, value in fields.items() if value not in ("", None)))
-
-
-def _effect(effect: Effect) -> str:
-    match effect:
-        case LlmCalled():
-            return f"{effect.provider} {effect.model}, {effect.prompt_tokens}+{effect.completion_tokens} tokens"
-        case MemoryRecalled():
-            return f"{len(effect.hits)} passages recalled"
-        case TextsEmbedded():
-            return f"{effect.count} texts embedded"
-        case ToolStarted():
-            return f"tool {effect.tool} started"
-        case ToolCalled():
-            return f"tool {effect.tool}"
-        case Waited():
-            return f"waited {effect.seconds:g} s"
-        case _:
-            return "queried"
+    """What the event says, without its key; why there is none where the bytes don't decode."""
+    return observed.error if observed.event is None else say(observed.event)
