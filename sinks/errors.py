@@ -4,7 +4,8 @@ SinkError
 ├── StoreError          the store refused or failed a read or write; ``retryable`` says whether it may work later
 ├── StoreBusyError      another process owns the embedded store's files
 ├── LogError            the log can't be read: the cluster is out of reach, a topic is missing, or access is denied
-├── HistoryLostError    the log no longer holds records that the store has not seen
+├── HistoryLostError    the log no longer holds records that the store has not seen, or that a rebuild needs
+├── RebuildStoppedError a rebuild was told to stop; the next one goes on
 └── QueryError          a user's query failed; the message is the store's own first line
     ├── WriteRefusedError   it would change something, or names a second statement
     ├── QueryTimeoutError   it ran past its time limit
@@ -16,6 +17,7 @@ __all__ = [
     "LogError",
     "QueryError",
     "QueryTimeoutError",
+    "RebuildStoppedError",
     "SinkError",
     "StoreBusyError",
     "StoreError",
@@ -46,6 +48,10 @@ class LogError(SinkError):
 
 class HistoryLostError(SinkError):
     """Retention removed records before the store saw them, or the topic was made anew."""
+
+
+class RebuildStoppedError(SinkError):
+    """A rebuild was told to stop before it was through. Nothing that readers see has changed."""
 
 
 class QueryError(SinkError):

@@ -12,8 +12,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 from confluent_kafka import (
     OFFSET_BEGINNING,
@@ -26,13 +27,13 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from schemas.errors import RegistryError, SchemaError
-from schemas.metadata import Envelope
+from schemas.errors import RegistryError
 from schemas.record import Record
+from sinks.decoding import Decoder, decoded
 from sinks.errors import HistoryLostError, LogError, SinkError
 from sinks.sink import Sink, SinkRecord
 
-__all__ = ["Decoder", "SinkRunner"]
+__all__ = ["SinkRunner"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,13 +70,6 @@ _STAYS: Final = frozenset(
     }
 )
 """Errors of the cluster that trying again does not mend. A refused login is none: clusters in trouble refuse some."""
-
-
-class Decoder(Protocol):
-    """What the runner needs of :class:`schemas.codec.Codec`."""
-
-    def decode(self, record: Record) -> Envelope:
-        """The event in ``record``, or a SchemaError."""
 
 
 class SinkRunner:
@@ -126,6 +120,7 @@ class SinkRunner:
         self._backlog = 0
         self._trouble: tuple[float, str] | None = None
         self._admin: AdminClient | None = None
+        self._writing = threading.Lock()
         # The rest belongs to the runner's thread.
         self._consumer: Consumer | None = None
         self._batch: list[SinkRecord] = []
@@ -184,6 +179,14 @@ class SinkRunner:
         self._thread.join(timeout_s + 10)
         if self._thread.is_alive():
             raise SinkError(f"sink {self.sink.name} did not stop within {timeout_s + 10:g} s; its store still works")
+
+    @contextmanager
+    def between_batches(self) -> Iterator[None]:
+        """While it is entered nothing is written: for moments, since the runner's thread waits. Entering waits for the
+        batch that is being written.
+        """
+        with self._writing:
+            yield
 
     def lag(self) -> dict[Place, int] | None:
         """How many offsets each assigned partition is behind its end, open transactions included; None before the
@@ -401,14 +404,12 @@ class SinkRunner:
     def _decoded(self, record: Record) -> SinkRecord:
         while True:
             try:
-                return SinkRecord(record, self._codec.decode(record))
+                return decoded(self._codec, record)
             except RegistryError as error:
                 if not error.retryable or self._stopping.is_set():
                     raise
                 _log.warning("sink %s waits for the schema registry: %s", self.sink.name, error)
                 self._stopping.wait(1.0)
-            except SchemaError as error:
-                return SinkRecord(record, None, f"{type(error).__name__}: {error}")
 
     def _flush(self) -> None:
         """Write what was read: the data and the store's offsets, then the group's, which serve monitoring only."""
@@ -431,8 +432,9 @@ class SinkRunner:
                 _log.info("sink %s: the group's offsets were not committed: %s", self.sink.name, error.args[0].str())
 
     def _write(self) -> None:
-        started = time.monotonic()
-        self.sink.write(self._batch, dict(self._moved))
+        with self._writing:
+            started = time.monotonic()
+            self.sink.write(self._batch, dict(self._moved))
         if self._on_batch is not None:
             self._on_batch(len(self._batch), time.monotonic() - started)
 

@@ -2,6 +2,15 @@
 
 from sinks.clickhouse.client import ClickHouse, QueryResult
 from sinks.clickhouse.queries import NamedQuery, named_queries, named_query
+from sinks.clickhouse.shadow import ClickHouseProjection
 from sinks.clickhouse.writer import ClickHouseSink
 
-__all__ = ["ClickHouse", "ClickHouseSink", "NamedQuery", "QueryResult", "named_queries", "named_query"]
+__all__ = [
+    "ClickHouse",
+    "ClickHouseProjection",
+    "ClickHouseSink",
+    "NamedQuery",
+    "QueryResult",
+    "named_queries",
+    "named_query",
+]

@@ -101,6 +101,7 @@ class ClickHouse:
         self._target = target
         self._max_rows = max_rows
         self._timeout_s = timeout_s
+        self._memory_bytes = memory_bytes
         self._writer: Any = None
         self._reader: Any = None
         try:
@@ -176,14 +177,28 @@ class ClickHouse:
     def _safe_target(self) -> str:
         return re.sub(r"//[^@/]*@", "//", str(self._target))
 
-    def command(self, sql: str) -> None:
+    def beside(self, database: str) -> "ClickHouse":
+        """Another database of the same engine or server, made if it is missing; its taker's to close.
+
+        Raises:
+            StoreError: the server can't be reached or refuses.
+        """
+        return ClickHouse(
+            self._target,
+            database=database,
+            max_rows=self._max_rows,
+            timeout_s=self._timeout_s,
+            memory_bytes=self._memory_bytes,
+        )
+
+    def command(self, sql: str, parameters: Mapping[str, Any] | None = None) -> None:
         """Run one statement that returns nothing, with the right to write.
 
         Raises:
             StoreError: it failed.
         """
         try:
-            self._writer.command(sql)
+            self._writer.command(sql, parameters=dict(parameters or {}))
         except ClickHouseError as error:
             self._refused(error)
 

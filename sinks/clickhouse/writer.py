@@ -17,9 +17,9 @@ from sinks.clickhouse.client import ClickHouse
 from sinks.clickhouse.rows import to_table
 from sinks.sink import Offsets, Sink, SinkRecord
 
-__all__ = ["ClickHouseSink"]
+__all__ = ["DDL", "ClickHouseSink"]
 
-_DDL: Final = Path(__file__).with_name("ddl")
+DDL: Final = Path(__file__).with_name("ddl")
 
 
 class ClickHouseSink(Sink):
@@ -33,7 +33,7 @@ class ClickHouseSink(Sink):
 
     def open(self) -> None:
         """Create the tables and views that are missing, and bring the views up to date."""
-        for path in sorted(_DDL.glob("*.sql")):
+        for path in sorted(DDL.glob("*.sql")):
             for statement in _statements(path.read_text(encoding="utf-8")):
                 self._clickhouse.command(statement)
 
