@@ -16,7 +16,7 @@ from agents.decomposer import Decomposer
 from agents.embedder import Embedder
 from agents.memory.chunking import Chunker
 from agents.memory.embedding import BatchingEmbedder, TextEncoder
-from agents.memory.model_files import TokenCounter
+from agents.memory.model_files import MODEL, MODEL_SHA256, TokenCounter
 from agents.overseer import Overseer
 from agents.providers import create_provider
 from agents.researcher import Researcher
@@ -24,6 +24,7 @@ from agents.retriever import Retriever
 from magnatronic.discovery import make_codec
 from magnatronic.errors import WrongInputError
 from magnatronic.settings import Settings
+from replay.decide import Station
 from schemas.codec import Codec
 from schemas.topics import TOPICS
 from sinks.clickhouse.client import ClickHouse
@@ -44,6 +45,7 @@ __all__ = [
     "all_agents",
     "instance_name",
     "ready_codec",
+    "stations",
 ]
 
 AGENT_ROLES: Final = ("decomposer", "coordinator", "retriever", "researcher", "overseer", "embedder")
@@ -56,6 +58,7 @@ MONITOR_ROLE: Final = "monitor"
 ROLES: Final = (*AGENT_ROLES, "agents", *SINK_ROLES, MONITOR_ROLE)
 """What ``magnatronic run`` takes; ``agents`` is all agents in one process."""
 
+_SMALL_MODEL: Final = "all-MiniLM-L6-v2"
 _NEEDS_MEMORY: Final = frozenset({"retriever", "researcher"})
 _NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "embedder"})
 
@@ -63,6 +66,30 @@ _NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "emb
 def all_agents() -> tuple[Agent[Any], ...]:
     """Every agent that decides on tasks; what a task's replay runs."""
     return (Decomposer(), Coordinator(), Retriever(), Researcher(), Overseer())
+
+
+def stations(settings: Settings | None = None) -> tuple[Station, ...]:
+    """The agents with the topics that they read: what decides recorded events again. With ``settings`` the Embedder
+    too, which decides by the embedding model's name and version.
+
+    Raises:
+        ModelFileError: the embedding model's files are missing.
+    """
+    agents = all_agents()
+    if settings is not None:
+        agents = (*agents, _embedder(settings.embedding_model))
+    return tuple(Station(agent, frozenset(bind(agent).topics)) for agent in agents)
+
+
+def _embedder(model: str) -> Embedder:
+    if model == _SMALL_MODEL:
+        # Known without loading it: decided again, its vectors are those that were recorded.
+        return Embedder(MODEL, MODEL_SHA256[:12], Chunker(TokenCounter()))
+    encoder = _encoder(model)
+    try:
+        return Embedder(encoder.model, encoder.version, Chunker(TokenCounter()))
+    finally:
+        encoder.close()
 
 
 def instance_name(role: str, number: int) -> str:
@@ -189,7 +216,7 @@ def _encoder(model: str) -> TextEncoder:
     """all-MiniLM-L6-v2 runs on ONNX without further ado; any other model needs the ``gpu`` extra."""
     from agents.memory.embedding_onnx import OnnxMiniLm
 
-    if model == "all-MiniLM-L6-v2":
+    if model == _SMALL_MODEL:
         return OnnxMiniLm()
     from agents.memory.embedding_torch import TorchEncoder
 

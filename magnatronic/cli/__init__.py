@@ -5,7 +5,6 @@ is one line on standard error. Exit codes: 0 done, 1 failed, 2 wrong input (noth
 Commands live in modules of their own that are imported when they are used, so that ``--help`` is quick.
 """
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Final
 
 import click
 
+from magnatronic.cli.lazy import LazyGroup
 from magnatronic.errors import WrongInputError
 from magnatronic.roots import assert_import_roots
 
@@ -30,28 +30,12 @@ COMMANDS: Final = {
     "query": ("magnatronic.cli.inspect", "Ask ClickHouse: SQL over every event, step, token and dollar."),
     "topics": ("magnatronic.cli.inspect", "Show the topics as they are on the cluster."),
     "dlq": ("magnatronic.cli.dlq", "Dead letters: list them, look into them, send them again, give them up."),
-    "replay": ("magnatronic.cli.inspect", "Decide a task again from the log and compare every output by hash."),
+    "replay": ("magnatronic.cli.replay", "Decide recorded history again: prove it, or try another future."),
 }
 """Where each command lives, and what it does in one line."""
 
 _OWN_PACKAGES: Final = {"magnatronic", "schemas", "agents", "streams", "sinks", "replay"}
 _INTERRUPTED: Final = 130
-
-
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -62,7 +46,12 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-@click.command(cls=_LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup,
+    lazy=COMMANDS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -166,7 +166,7 @@ class _Demo:
         return tables
 
     def _replay(self, system: "RunningSystem", outcome: "Outcome") -> Any:
-        from magnatronic.cli.inspect import print_replay
+        from magnatronic.cli.audit import print_replay
         from magnatronic.discovery import make_codec
         from magnatronic.roles import all_agents
         from replay.task import replay_task

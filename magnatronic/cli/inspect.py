@@ -1,21 +1,18 @@
-"""Commands that look at what happens and happened: status, query, topics, replay.
+"""Commands that look at what happens and happened: status, query, topics.
 
-In: SQL, or a task's id. Out: tables. SQL goes to the ClickHouse server that the settings name, or over the socket to
-the process that has the embedded one open; topics and replay read Kafka themselves.
+In: SQL. Out: tables. SQL goes to the ClickHouse server that the settings name, or over the socket to the process that
+has the embedded one open; topics reads Kafka itself.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from magnatronic.cli.options import Output, common_options, load_settings
-from magnatronic.errors import UnknownTaskError, WrongInputError
+from magnatronic.errors import WrongInputError
 
-if TYPE_CHECKING:
-    from replay.task import ReplayReport
-
-__all__ = ["print_replay", "query", "replay", "run_query", "status", "topics"]
+__all__ = ["query", "run_query", "status", "topics"]
 
 
 @click.command()
@@ -136,47 +133,3 @@ def topics(*, data_dir: Path | None, out: Output) -> None:
     missing = [row.name for row in rows if row.partitions == 0]
     if missing:
         click.echo(f"missing on the cluster: {', '.join(missing)}; `magnatronic up` creates them", err=True)
-
-
-@click.command()
-@click.option("--task", "task_id", required=True, help="The task to decide again.")
-@common_options
-def replay(*, task_id: str, data_dir: Path | None, out: Output) -> int:
-    """Decide a task's steps again with the recorded effects, and compare every output with the record by hash.
-
-    Ends with 0 when every output is the recorded one, with 1 when one differs.
-    """
-    from magnatronic.discovery import find_system
-    from magnatronic.roles import all_agents
-    from replay.errors import OpenTaskError
-    from replay.errors import UnknownTaskError as UnknownInLogError
-    from replay.task import replay_task
-
-    found = find_system(data_dir)
-    try:
-        report = replay_task(task_id, agents=all_agents(), kafka=found.kafka, codec=found.codec())
-    except UnknownInLogError as error:
-        raise UnknownTaskError(str(error)) from None
-    except OpenTaskError as error:
-        raise WrongInputError(str(error)) from None
-    if out.as_json:
-        out.json(report.as_dict())
-    else:
-        print_replay(report, out)
-    return 0 if report.ok else 1
-
-
-def print_replay(report: "ReplayReport", out: Output) -> None:
-    """One row an output: who decided it on what, and its hash then and now."""
-    rows = []
-    for step in report.steps:
-        for output in step.outputs:
-            now = "same" if output.same else (output.redecided_hash or "not decided")[:16]
-            rows.append(
-                (step.agent, step.event_type, output.event_type, (output.recorded_hash or "not recorded")[:16], now)
-            )
-        if not step.outputs or step.difference:
-            rows.append((step.agent, step.event_type, "-", "-", step.difference or "nothing to decide"))
-    out.table(("agent", "decides on", "and emits", "recorded sha-256", "decided again"), rows)
-    verdict = "every output is the recorded one" if report.ok else "NOT as recorded"
-    out.console.print(f"{report.outputs} outputs of {len(report.steps)} decisions: {verdict}. History {report.digest}")

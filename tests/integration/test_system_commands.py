@@ -99,10 +99,10 @@ def test_submit_then_watch_then_replay(system: "SystemForTests") -> None:
     assert (events[0]["type"], events[-1]["type"]) == ("TaskSubmitted", "TaskCompleted")
     known = {event["id"] for event in events}
     assert all(event["causation_id"] in known for event in events if event["causation_id"])
-    replayed = as_json(system.run("replay", "--task", task_id, "--json"))
+    replayed = as_json(system.run("replay audit", "--task", task_id, "--json"))
     assert replayed["ok"]
     assert replayed["outputs"] == sum(event["type"] not in EFFECTS and bool(event["causation_id"]) for event in events)
-    shown = system.run("replay", "--task", task_id)
+    shown = system.run("replay audit", "--task", task_id)
     assert shown.returncode == 0
     assert "every output is the recorded one" in shown.stdout
     assert replayed["digest"] in shown.stdout
@@ -168,7 +168,7 @@ def test_topics_are_those_of_the_cluster(system: "SystemForTests") -> None:
     assert "forever" in system.run("topics").stdout
 
 
-@pytest.mark.parametrize("command", ["replay", "watch"])
+@pytest.mark.parametrize("command", ["replay audit", "watch"])
 def test_an_unknown_task_is_wrong_input(system: "SystemForTests", command: str) -> None:
     done = system.run(command, "--task", "no such task")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

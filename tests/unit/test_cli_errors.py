@@ -70,8 +70,8 @@ def start(*arguments: str, **settings: str) -> "subprocess.Popen[str]":
         (["query"], "give either SQL or --named NAME"),
         (["query", "select 1", "--named", "topics"], "give either SQL or --named NAME"),
         (["query", "--named", "gossip"], "no query is called 'gossip'"),
-        (["replay"], "Missing option '--task'"),
-        (["replay", "--task", "t1"], "no Magnatronic is running"),
+        (["replay", "audit"], "Missing option '--task'"),
+        (["replay", "audit", "--task", "t1"], "no Magnatronic is running"),
         (["ingest"], "Missing argument 'PATHS...'"),
         (["ingest", "{here}/nowhere"], "there is no {here}/nowhere"),
         (["ingest", "{here}/empty"], "there is nothing to ingest"),
@@ -153,11 +153,13 @@ def test_help_loads_nothing_that_takes_long() -> None:
 
 def test_every_command_is_listed_and_takes_json(run: Run) -> None:
     listed = run("--help")[1]
-    for command in ("demo", "up", "run", "ingest", "submit", "ask", "watch", "query", "topics", "replay"):
+    for command in ("demo", "up", "run", "ingest", "submit", "ask", "watch", "query", "topics"):
         assert f"  {command} " in listed
         code, shown, _ = run(command, "--help")
         assert code == 0
         assert "--json" in shown
+    assert "  audit " in run("replay", "--help")[1]
+    assert "--json" in run("replay", "audit", "--help")[1]
     for command in ("list", "show", "redrive", "discard"):
         assert "--json" in run("dlq", command, "--help")[1]
 
