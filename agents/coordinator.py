@@ -25,6 +25,7 @@ from schemas.events import (
     DirectoryEntry,
     Event,
     Health,
+    PersonalText,
     PlannedStep,
     PlanProposed,
     PlanRejected,
@@ -82,8 +83,8 @@ class StepProgress(BaseModel):
     status: StepStatus = StepStatus.WAITING
     attempt: int = 1
     revision: int = 0
-    finding: str = ""
-    answer: str = ""
+    finding: PersonalText = ""
+    answer: PersonalText = ""
     citations: tuple[Citation, ...] = ()
     groundedness: float = 1.0
 
@@ -94,7 +95,7 @@ class TaskState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     finished: bool = False
-    objective: str = ""
+    objective: PersonalText = ""
     deadline: Timestamp | None = None
     steps: tuple[StepProgress, ...] = ()
 

@@ -16,7 +16,7 @@ from agents.agent import Agent
 from agents.context import Context
 from agents.memory.chunking import CHUNKING_VERSION, Chunk, Chunker
 from agents.memory.errors import DocumentTooLargeError
-from schemas.events import ChunkEmbedded, DocumentIndexed, DocumentRemoved, DocumentSubmitted
+from schemas.events import ChunkEmbedded, DocumentIndexed, DocumentRemoved, DocumentSubmitted, PersonalText
 from schemas.metadata import deterministic_id
 
 __all__ = ["Embedder", "IndexedDocument", "chunk_id_of"]
@@ -33,8 +33,8 @@ class IndexedDocument(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    fingerprint: str
-    content_hash: str
+    fingerprint: PersonalText
+    content_hash: PersonalText
     chunk_ids: tuple[str, ...]
     model: str
     model_version: str

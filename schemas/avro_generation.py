@@ -23,9 +23,9 @@ from pydantic.fields import FieldInfo
 import schemas.events
 from schemas.avro_schema import RecordType, parse
 from schemas.compatibility import incompatibilities
-from schemas.encryption import Personal
 from schemas.errors import GenerationError, SchemaError
 from schemas.events.base import EVENT_TYPES, NAMESPACE, Event, Float32, Micros, Value
+from schemas.personal import personal_fields
 from schemas.registry import MANIFEST_PATH, Manifest
 
 __all__ = ["AVRO_FOLDER", "avro_schema", "avsc_text", "check", "generate", "parsed_schema", "shipped_types"]
@@ -74,14 +74,14 @@ class _Generator:
         self._open.append(name)
         fields = [self._field(name, key, info) for key, info in model.model_fields.items()]
         self._open.pop()
+        try:
+            personal_fields(model)
+        except TypeError as error:
+            raise GenerationError(str(error)) from None
         return {"type": "record", "name": name, "doc": _doc(model), "fields": fields}
 
     def _field(self, owner: str, name: str, info: FieldInfo) -> dict[str, Any]:
         where = f"{owner}.{name}"
-        if any(isinstance(mark, Personal) for mark in info.metadata) and (
-            len(self._open) > 1 or info.annotation not in (str, bytes)
-        ):
-            raise GenerationError(f"{where}: only an event's own str and bytes fields can be Personal")
         field: dict[str, Any] = {"name": name, "type": self._type(where, info.annotation, info.metadata)}
         if not info.is_required():
             field["default"] = _default(where, info.get_default(call_default_factory=True, validated_data={}))

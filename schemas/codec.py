@@ -20,7 +20,7 @@ from schemas.avro_generation import parsed_schema
 from schemas.avro_reader import MAX_VALUES, compile_reader, values_per_byte
 from schemas.avro_schema import RecordType, Schema, fingerprint
 from schemas.avro_writer import compile_writer
-from schemas.encryption import FieldCipher, personal_fields
+from schemas.encryption import Cipher
 from schemas.errors import (
     DecodeError,
     EncodeError,
@@ -35,8 +35,19 @@ from schemas.errors import (
 from schemas.events import EVENT_TYPES
 from schemas.events.base import Event
 from schemas.metadata import Envelope, Metadata, deterministic_id
+from schemas.personal import blank, personal_fields, placeholders
 from schemas.record import Record
 from schemas.registry import Manifest, ManifestIds, SchemaIds
+from schemas.sealing import (
+    SEALED,
+    SUBJECTS,
+    associated,
+    open_part,
+    part_reader,
+    part_writer,
+    subjects_header,
+    subjects_of,
+)
 from schemas.topics import TOPICS
 from schemas.upcasters import UPCASTERS, Upcaster, Upcasters, prune
 
@@ -77,7 +88,7 @@ class _Writing:
     check: Callable[[bytes, int], Any]
     check_above: int
     max_bytes: int
-    personal: dict[str, str]
+    write_personal: Callable[[Any], bytes] | None
 
 
 @dataclass(slots=True)
@@ -92,28 +103,29 @@ class _Reading:
     schema: RecordType
     key: str
     max_bytes: int
-    personal: dict[str, str]
+    read_personal: Callable[[bytes], dict[str, Any]]
+    model: type[Event]
 
 
 class Codec:
     """Encodes and decodes events. Safe to share between threads.
 
-    ``ids`` is where schema ids come from (None: the committed manifest), ``cipher`` encrypts personal fields, and
-    ``max_bytes`` is the cap on a record's value.
+    ``ids`` is where schema ids come from (None: the committed manifest), ``cipher`` seals personal fields (None: events
+    about data subjects are read blank, and can't be written), and ``max_bytes`` is the cap on a record's value.
     """
 
     def __init__(
         self,
         ids: SchemaIds | None = None,
         *,
-        cipher: FieldCipher | None = None,
+        cipher: Cipher | None = None,
         max_bytes: int = MAX_BYTES,
         manifest: Manifest | None = None,
         upcasters: Upcasters = UPCASTERS,
     ) -> None:
         self._manifest = Manifest.load() if manifest is None else manifest
         self._ids = ManifestIds(self._manifest) if ids is None else ids
-        self._cipher = cipher
+        self.cipher = cipher
         self._max_bytes = max_bytes
         self._upcasters = upcasters
         self._writing: dict[type[Event], _Writing] = {}
@@ -137,7 +149,8 @@ class Codec:
 
         Raises:
             EncodeError: the event (made without validation) or the metadata can't be written, or is over the size cap.
-            RegistryError: the type has no schema id.
+            SubjectForgottenError: it is about a data subject whose key was destroyed.
+            UnavailableError: the type has no schema id, or a data subject's key can't be had.
         """
         kind = type(event)
         writing = self._writing.get(kind) or self._prepare_writing(kind)
@@ -162,8 +175,8 @@ class Codec:
                 headers = [header for header in headers if header[1] or header[0] not in _OPTIONAL]
             if metadata.traceparent:
                 headers.append(("traceparent", metadata.traceparent.encode()))
-            if writing.personal and self._cipher is not None:
-                event = self._encrypt(event, writing.personal, headers)
+            if metadata.data_subjects:
+                return self._sealed(event, metadata, writing, headers)
             value = writing.frame + b"".join(writing.write(event))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
             raise EncodeError(
@@ -179,7 +192,8 @@ class Codec:
 
         Raises:
             DecodeError: the record is no event that can be read here; the subclass says why.
-            RegistryError: the registry, which alone could tell the writer's schema, did not answer; worth a retry.
+            UnavailableError: the registry, which alone could tell the writer's schema, or the key store did not
+                answer; worth a retry.
         """
         try:
             return self._decode(record)
@@ -206,10 +220,16 @@ class Codec:
         if len(value) > reading.max_bytes:
             raise TooLargeError(f"the value has {len(value)} bytes, over {reading.name}'s cap of {reading.max_bytes}")
         fields = reading.read(value, _HEADER_BYTES)
+        sealed = headers.get(SEALED)
+        if sealed is not None:
+            if len(value) + len(sealed) > reading.max_bytes:
+                raise TooLargeError(f"value and {SEALED} are over {reading.name}'s cap of {reading.max_bytes} bytes")
+            plain = None if self.cipher is None else open_part(self.cipher, headers, value)
+            if plain is None:
+                return self._erased(record, headers, fields, reading)
+            fields.update(reading.read_personal(plain))
         if reading.upcast is not None:
             fields = _upcast(reading, fields)
-        if reading.personal and self._cipher is not None:
-            self._decrypt(fields, reading, headers.get("ce_encryptedfields"))
         try:
             event = reading.validate(fields)
         except ValidationError as error:
@@ -217,6 +237,42 @@ class Codec:
                 f"{reading.name} breaks its model's rules: {_first_problems(error)}; mend the producer"
             ) from None
         return Envelope(event, self._metadata(record, headers, event, reading))
+
+    def _sealed(self, event: Event, metadata: Metadata, writing: _Writing, headers: list[tuple[str, bytes]]) -> Encoded:
+        """The record of an event about data subjects."""
+        subjects = subjects_header(metadata.data_subjects)
+        headers.append((SUBJECTS, subjects))
+        bare = blank(event)
+        value = writing.frame + b"".join(writing.write(bare))
+        if bare is not event:
+            if self.cipher is None:
+                raise EncodeError(
+                    f"{event.full_name} is about data subjects, and this process has no key store; set "
+                    "MAGNATRONIC_KEY_STORE"
+                )
+            assert writing.write_personal is not None
+            plain = writing.write_personal(event)
+            bound = associated(writing.schema_header[1], metadata.id.encode(), subjects, value)
+            headers.append((SEALED, self.cipher.seal(metadata.data_subjects, bound, plain)))
+            if len(value) + len(plain) + len(subjects) > writing.check_above:
+                # As one value it must be what readers take, too.
+                self._check_size(type(event), writing.frame + b"".join(writing.write(event)), headers[:-1], writing)
+                self._check_size(type(event), value, headers, writing)
+        return Encoded(value, headers)
+
+    def _erased(
+        self, record: Record, headers: dict[str, bytes | None], fields: dict[str, Any], reading: _Reading
+    ) -> Envelope:
+        """The event without its personal fields; the others are held to its model's rules."""
+        if reading.upcast is not None:
+            fields = _upcast(reading, fields)
+        try:
+            event = reading.validate({**fields, **placeholders(reading.model)})
+        except ValidationError as error:
+            raise InvalidEventError(
+                f"{reading.name}, blank, breaks its model's rules: {_first_problems(error)}; mend the producer"
+            ) from None
+        return Envelope(blank(event), self._metadata(record, headers, event, reading), erased=True)
 
     def _metadata(self, record: Record, headers: dict[str, bytes | None], event: Event, reading: _Reading) -> Metadata:
         get = headers.get
@@ -229,7 +285,7 @@ class Codec:
         try:
             event_id, source, subject = get("ce_id"), get("ce_source"), get("ce_subject")
             time, cause, correlation = get("ce_time"), get("ce_causationid"), get("ce_correlationid")
-            trace = get("traceparent")
+            trace, subjects = get("traceparent"), get(SUBJECTS)
             subject_text = subject.decode() if subject else _key_text(record, event, reading)
             if not correlation:
                 correlation_text = "" if event_id else str(getattr(event, reading.key, ""))
@@ -243,6 +299,7 @@ class Codec:
                 cause.decode() if cause else "",
                 correlation_text,
                 trace.decode() if trace else "",
+                subjects_of(subjects) if subjects else (),
             )
         except UnicodeDecodeError as error:
             raise MalformedError(f"a CloudEvents header is no UTF-8: {error.object[:60]!r}") from None
@@ -278,7 +335,7 @@ class Codec:
             # Fewer bytes can't hold more values than a reader takes.
             check_above=min(max_bytes - _MAX_HEADERS, int(MAX_VALUES / max(values_per_byte(schema), 1))),
             max_bytes=max_bytes,
-            personal=personal_fields(kind),
+            write_personal=part_writer(schema, names) if (names := personal_fields(kind)) else None,
         )
         return made
 
@@ -343,7 +400,8 @@ class Codec:
             schema=parsed_schema(model),
             key=next((topic.key for topic in TOPICS if model in topic.events), ""),
             max_bytes=min(self._max_bytes, _topic_cap(model)),
-            personal=personal_fields(model),
+            read_personal=part_reader(schema, None if upcast is not None else parsed_schema(model)),
+            model=model,
         )
 
     @staticmethod
@@ -358,31 +416,6 @@ class Codec:
             writing.check(value, _HEADER_BYTES)
         except DecodeError as error:
             raise EventTooLargeError(f"{kind.full_name} could not be read again: {error}") from error
-
-    def _encrypt(self, event: Event, personal: dict[str, str], headers: list[tuple[str, bytes]]) -> Event:
-        assert self._cipher is not None
-        changed: dict[str, Any] = {}
-        for field, subject in personal.items():
-            plain = getattr(event, field)
-            raw = plain.encode() if isinstance(plain, str) else plain
-            secret = self._cipher.encrypt(str(getattr(event, subject)), f"{event.full_name}.{field}", raw)
-            changed[field] = secret.hex() if isinstance(plain, str) else secret
-        headers.append(("ce_encryptedfields", ",".join(sorted(changed)).encode()))
-        return event.model_copy(update=changed)
-
-    def _decrypt(self, fields: dict[str, Any], reading: _Reading, named: bytes | None) -> None:
-        assert self._cipher is not None
-        listed = set((named or b"").decode("ascii", "replace").split(","))
-        for field, subject in reading.personal.items():
-            if field not in listed:
-                continue
-            secret = fields[field]
-            try:
-                raw = bytes.fromhex(secret) if isinstance(secret, str) else secret
-                plain = self._cipher.decrypt(str(fields[subject]), f"{reading.name}.{field}", raw)
-                fields[field] = (plain or b"").decode() if isinstance(secret, str) else plain or b""
-            except (ValueError, KeyError) as error:
-                raise MalformedError(f"{reading.name}.{field} can't be decrypted: {error}") from error
 
 
 _SPECVERSION: Final = ("ce_specversion", b"1.0")

@@ -2,10 +2,13 @@
 
 SchemaError
 ├── GenerationError           a model can't be expressed in Avro, or the committed files are not what the models say
-├── RegistryError             a schema id can't be had: not in the manifest, or the registry refused or didn't answer
+├── UnavailableError          what is needed to read or write a record can't be had
+│   ├── RegistryError         a schema id: not in the manifest, or the registry refused or didn't answer
+│   └── KeyStoreError         a data subject's key: the key store refused or didn't answer
 ├── UnsafeSchemaError         a writer schema that would let few bytes cost much: recursive, too large, items of no size
 ├── EncodeError               an event can't be written
-│   └── EventTooLargeError    its bytes are over the size cap
+│   ├── EventTooLargeError    its bytes are over the size cap
+│   └── SubjectForgottenError it is about a data subject whose key was destroyed
 └── DecodeError               a record can't be read; names its topic, partition and offset
     ├── TruncatedError        the bytes end too early
     ├── TrailingBytesError    bytes are left after the event
@@ -21,12 +24,15 @@ __all__ = [
     "EventTooLargeError",
     "GenerationError",
     "InvalidEventError",
+    "KeyStoreError",
     "MalformedError",
     "RegistryError",
     "SchemaError",
+    "SubjectForgottenError",
     "TooLargeError",
     "TrailingBytesError",
     "TruncatedError",
+    "UnavailableError",
     "UnknownSchemaError",
     "UnsafeSchemaError",
 ]
@@ -40,15 +46,23 @@ class GenerationError(SchemaError):
     """A model can't be expressed in Avro, or committed schema files are not what the models say."""
 
 
-class RegistryError(SchemaError):
-    """A schema or its id can't be had from the manifest or the registry.
+class UnavailableError(SchemaError):
+    """What is needed to read or write a record can't be had.
 
-    ``retryable``: the registry did not answer, or answered that it can't now; the same call may succeed later.
+    ``retryable``: who has it did not answer, or answered that it can't now; the same call may succeed later.
     """
 
     def __init__(self, message: str, *, retryable: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class RegistryError(UnavailableError):
+    """A schema or its id can't be had from the manifest or the registry."""
+
+
+class KeyStoreError(UnavailableError):
+    """A data subject's key can't be had from the key store."""
 
 
 class UnsafeSchemaError(SchemaError):
@@ -61,6 +75,10 @@ class EncodeError(SchemaError):
 
 class EventTooLargeError(EncodeError):
     """An event's bytes are over the size cap, so no reader would take them."""
+
+
+class SubjectForgottenError(EncodeError):
+    """An event is about a data subject whose key was destroyed, so nothing of it can be recorded."""
 
 
 class DecodeError(SchemaError):

@@ -88,6 +88,8 @@ class Metadata:
     when it was decided, ``subject`` its record key. ``causation_id`` is the id of the event that it answers,
     ``correlation_id`` the id that all events of one task share (the task_id; for documents the document_id).
     ``traceparent`` is the W3C trace context; it is no part of a decision and is left out of comparisons.
+    ``data_subjects`` are the key ids of the people that the event is about, sorted; all that follows from it has them
+    too.
     """
 
     id: str
@@ -97,11 +99,13 @@ class Metadata:
     causation_id: str = ""
     correlation_id: str = ""
     traceparent: str = ""
+    data_subjects: tuple[str, ...] = ()
 
 
 @frozen
 class Envelope:
-    """An event and its metadata."""
+    """An event and its metadata. ``erased``: its personal fields can't be read any more, and are blank."""
 
     event: Event
     metadata: Metadata
+    erased: bool = False

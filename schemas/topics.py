@@ -41,6 +41,7 @@ from schemas.events import (
     StepCancelRequested,
     StepCompleted,
     StepFailed,
+    SubjectForgotten,
     TaskCancelled,
     TaskCancelRequested,
     TaskCompleted,
@@ -157,6 +158,7 @@ TOPICS: Final = (
     Topic("telemetry", "source", (ProcessorStats,), "each processor's figures, every second", DAYS_MS, partitions=1),
     Topic("alerts", "source", (AlertRaised, AlertCleared), "what is wrong", DAYS_MS, partitions=1),
     Topic("audit", "source", (AccessDecided,), "who was allowed what", partitions=1),
+    Topic("privacy", "key_id", (SubjectForgotten,), "whose personal data is gone for good", partitions=1),
     Topic(
         "dead-letters",
         "source_topic",

@@ -3,7 +3,17 @@
 Importing this package registers every type in :data:`EVENT_TYPES`.
 """
 
-from schemas.events.base import EVENT_TYPES, NAMESPACE, Event, Float32, Micros, Timestamp, Value
+from schemas.events.base import (
+    EVENT_TYPES,
+    NAMESPACE,
+    Event,
+    Float32,
+    Micros,
+    Personal,
+    PersonalText,
+    Timestamp,
+    Value,
+)
 from schemas.events.documents import ChunkEmbedded, DocumentIndexed, DocumentRemoved, DocumentSubmitted
 from schemas.events.effects import (
     ChangeMarked,
@@ -35,6 +45,7 @@ from schemas.events.policies import (
     PolicyProposed,
     PolicyRolledBack,
 )
+from schemas.events.privacy import SubjectForgotten
 from schemas.events.tasks import (
     ApprovalDenied,
     ApprovalGranted,
@@ -90,6 +101,8 @@ __all__ = [
     "LlmCalled",
     "MemoryRecalled",
     "Micros",
+    "Personal",
+    "PersonalText",
     "PlanProposed",
     "PlanRejected",
     "PlannedStep",
@@ -108,6 +121,7 @@ __all__ = [
     "StepCompleted",
     "StepFailed",
     "StepInput",
+    "SubjectForgotten",
     "TaskCancelRequested",
     "TaskCancelled",
     "TaskCompleted",

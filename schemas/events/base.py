@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
-__all__ = ["EVENT_TYPES", "NAMESPACE", "Event", "Float32", "Micros", "Timestamp", "Value"]
+__all__ = ["EVENT_TYPES", "NAMESPACE", "Event", "Float32", "Micros", "Personal", "PersonalText", "Timestamp", "Value"]
 
 NAMESPACE = "magnatronic"
 
@@ -29,6 +29,18 @@ class Float32:
 
 class Micros:
     """Annotation marker: the ``datetime`` is recorded as Avro ``timestamp-micros``."""
+
+
+class Personal:
+    """Annotation marker: the field can hold personal data, so it is sealed where its event names data subjects.
+
+    Without the subjects' keys such a field is blank: an empty text, bytes, array or map, or None. Whether a text field
+    is personal is decided for each: tests/unit/test_schemas_personal.py lists those that are not.
+    """
+
+
+PersonalText = Annotated[str, Personal]
+"""What somebody wrote, or what was made of it."""
 
 
 def _to_utc(value: datetime) -> datetime:

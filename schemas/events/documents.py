@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from schemas.events.base import Event, Float32
+from schemas.events.base import Event, Float32, Personal, PersonalText
 
 __all__ = ["ChunkEmbedded", "DocumentIndexed", "DocumentRemoved", "DocumentSubmitted"]
 
@@ -17,18 +17,18 @@ class DocumentSubmitted(Event, family="documents"):
     """
 
     document_id: str = Field(min_length=1, max_length=500)
-    title: str
-    text: str
+    title: PersonalText
+    text: PersonalText
     media_type: str = "text/plain"
-    source: str = ""
-    attributes: dict[str, str] = Field(default_factory=dict)
+    source: PersonalText = ""
+    attributes: Annotated[dict[str, str], Personal] = Field(default_factory=dict)
 
 
 class DocumentRemoved(Event, family="documents"):
     """The document is to be forgotten by every index."""
 
     document_id: str
-    reason: str = ""
+    reason: PersonalText = ""
 
 
 class ChunkEmbedded(Event, family="documents"):
@@ -41,14 +41,14 @@ class ChunkEmbedded(Event, family="documents"):
     chunk_id: str
     document_id: str
     ordinal: int
-    title: str
-    heading: str = ""
-    source: str = ""
-    text: str
+    title: PersonalText
+    heading: PersonalText = ""
+    source: PersonalText = ""
+    text: PersonalText
     tokens: int
     model: str
     model_version: str
-    vector: tuple[Annotated[float, Float32], ...]
+    vector: Annotated[tuple[Annotated[float, Float32], ...], Personal]
 
 
 class DocumentIndexed(Event, family="documents"):
@@ -58,7 +58,7 @@ class DocumentIndexed(Event, family="documents"):
     """
 
     document_id: str
-    content_hash: str
+    content_hash: PersonalText
     chunk_ids: tuple[str, ...]
     model: str
     model_version: str

@@ -6,7 +6,9 @@ An effect's identity is the event that was being handled (``event_id``), the ``s
 which run of the handler, from 1, over all retries and crashes.
 """
 
-from schemas.events.base import Event, Timestamp
+from typing import Annotated
+
+from schemas.events.base import Event, Personal, PersonalText, Timestamp
 from schemas.events.tasks import Evidence
 
 __all__ = [
@@ -35,9 +37,9 @@ class Effect(Event):
     occurrence: int = 0
     sequence: int = 0
     attempt: int = 1
-    request_hash: str
-    request: str
-    error: str = ""
+    request_hash: PersonalText
+    request: PersonalText
+    error: PersonalText = ""
     started_at: Timestamp
     latency_ms: float
 
@@ -47,7 +49,7 @@ class LlmCalled(Effect, family="effects"):
 
     provider: str
     model: str
-    response: str = ""
+    response: PersonalText = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
@@ -66,7 +68,7 @@ class ToolCalled(Effect, family="effects"):
     """A tool ran. ``result`` is canonical JSON."""
 
     tool: str
-    result: str = ""
+    result: PersonalText = ""
     side_effects: bool = False
 
 
@@ -84,14 +86,14 @@ class TextsEmbedded(Effect, family="effects"):
     model_version: str
     dimensions: int
     count: int
-    vectors: bytes = b""
+    vectors: Annotated[bytes, Personal] = b""
 
 
 class Queried(Effect, family="effects"):
     """A projection was queried. ``result`` is canonical JSON."""
 
     target: str
-    result: str = ""
+    result: PersonalText = ""
 
 
 class Waited(Effect, family="effects"):

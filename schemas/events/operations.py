@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from schemas.events.base import Event, Timestamp
+from schemas.events.base import Event, PersonalText, Timestamp
 
 __all__ = [
     "AccessDecided",
@@ -106,7 +106,7 @@ class DeadLettered(Event, family="operations"):
     header_values: tuple[bytes, ...] = ()
     agent: str
     error_type: str
-    error: str
+    error: PersonalText
     attempts: int = Field(default=1, ge=0)
 
 

@@ -4,10 +4,11 @@ Every event is keyed by ``task_id``. ``step_id`` is ``<task_id>/<n>``, unique ov
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
-from schemas.events.base import Event, Timestamp, Value
+from schemas.events.base import Event, Personal, PersonalText, Timestamp, Value
 
 __all__ = [
     "ApprovalDenied",
@@ -50,15 +51,16 @@ class Assessment(StrEnum):
 
 
 class Evidence(Value):
-    """A passage of a document that a result rests on."""
+    """A passage of a document that a result rests on. ``data_subjects`` are the key ids of whom it is about."""
 
     chunk_id: str
     document_id: str
-    title: str
-    heading: str = ""
-    source: str = ""
-    text: str
+    title: PersonalText
+    heading: PersonalText = ""
+    source: PersonalText = ""
+    text: PersonalText
     score: float = 0.0
+    data_subjects: tuple[str, ...] = ()
 
 
 class Citation(Value):
@@ -67,21 +69,21 @@ class Citation(Value):
     marker: int
     chunk_id: str
     document_id: str
-    title: str
-    heading: str = ""
-    source: str = ""
-    quote: str
+    title: PersonalText
+    heading: PersonalText = ""
+    source: PersonalText = ""
+    quote: PersonalText
 
 
 class TaskSubmitted(Event, family="tasks"):
     """A user asks for something to be done. ``parameters`` are passed to every step."""
 
     task_id: str = Field(min_length=1, max_length=200)
-    objective: str = Field(min_length=1)
+    objective: PersonalText = Field(min_length=1)
     priority: Priority = Priority.NORMAL
     submitted_by: str = ""
     deadline: Timestamp | None = None
-    parameters: dict[str, str] = Field(default_factory=dict)
+    parameters: Annotated[dict[str, str], Personal] = Field(default_factory=dict)
 
 
 class PlannedStep(Value):
@@ -89,18 +91,18 @@ class PlannedStep(Value):
 
     step_id: str
     capability: str
-    objective: str
+    objective: PersonalText
     depends_on: tuple[str, ...] = ()
-    parameters: dict[str, str] = Field(default_factory=dict)
+    parameters: Annotated[dict[str, str], Personal] = Field(default_factory=dict)
 
 
 class PlanProposed(Event, family="tasks"):
     """The Decomposer's plan: a directed acyclic graph of steps."""
 
     task_id: str
-    objective: str
+    objective: PersonalText
     steps: tuple[PlannedStep, ...]
-    rationale: str = ""
+    rationale: PersonalText = ""
     deadline: Timestamp | None = None
 
 
@@ -108,14 +110,14 @@ class PlanRejected(Event, family="tasks"):
     """No valid plan could be made; ``reason`` says why, in a sentence for the submitter."""
 
     task_id: str
-    objective: str
-    reason: str
+    objective: PersonalText
+    reason: PersonalText
 
 
 class AssessedClaim(Value):
     """One claim of a result held against its evidence. The similarities are in [0, 1]."""
 
-    text: str
+    text: PersonalText
     chunk_ids: tuple[str, ...] = ()
     lexical_similarity: float
     embedding_similarity: float | None = None
@@ -135,8 +137,8 @@ class StepAssessed(Event, family="tasks"):
     decision: Assessment
     groundedness: float
     claims: tuple[AssessedClaim, ...] = ()
-    finding: str = ""
-    answer: str = ""
+    finding: PersonalText = ""
+    answer: PersonalText = ""
     citations: tuple[Citation, ...] = ()
 
 
@@ -147,7 +149,7 @@ class StepFailed(Event, family="tasks"):
     step_id: str
     attempt: int
     error_type: str
-    message: str
+    message: PersonalText
     retryable: bool = True
 
 
@@ -157,7 +159,7 @@ class ApprovalGranted(Event, family="tasks"):
     task_id: str
     step_id: str
     approved_by: str
-    comment: str = ""
+    comment: PersonalText = ""
 
 
 class ApprovalDenied(Event, family="tasks"):
@@ -166,7 +168,7 @@ class ApprovalDenied(Event, family="tasks"):
     task_id: str
     step_id: str
     denied_by: str
-    reason: str = ""
+    reason: PersonalText = ""
 
 
 class TaskCancelRequested(Event, family="tasks"):
@@ -174,7 +176,7 @@ class TaskCancelRequested(Event, family="tasks"):
 
     task_id: str
     requested_by: str
-    reason: str = ""
+    reason: PersonalText = ""
 
 
 class TimerFired(Event, family="tasks"):
@@ -195,8 +197,8 @@ class TaskCompleted(Event, family="tasks"):
     """The task is done. ``groundedness`` is the lowest of its steps', in [0, 1]."""
 
     task_id: str
-    objective: str
-    answer: str
+    objective: PersonalText
+    answer: PersonalText
     citations: tuple[Citation, ...] = ()
     groundedness: float = 1.0
     steps: int = 1
@@ -206,8 +208,8 @@ class TaskFailed(Event, family="tasks"):
     """The task can't be done. ``step_id`` names the step that failed, if one did."""
 
     task_id: str
-    objective: str
-    reason: str
+    objective: PersonalText
+    reason: PersonalText
     step_id: str | None = None
 
 
@@ -215,7 +217,7 @@ class TaskExpired(Event, family="tasks"):
     """The task's deadline passed before it was done."""
 
     task_id: str
-    objective: str
+    objective: PersonalText
     deadline: Timestamp
 
 
@@ -223,9 +225,9 @@ class TaskCancelled(Event, family="tasks"):
     """The task was stopped at its submitter's request."""
 
     task_id: str
-    objective: str
+    objective: PersonalText
     requested_by: str
-    reason: str = ""
+    reason: PersonalText = ""
 
 
 class ApprovalRequested(Event, family="tasks"):
@@ -233,6 +235,6 @@ class ApprovalRequested(Event, family="tasks"):
 
     task_id: str
     step_id: str
-    action: str
-    reason: str
+    action: PersonalText
+    reason: PersonalText
     deadline: Timestamp | None = None

@@ -3,9 +3,11 @@
 That a step was stopped stands in topic ``effects``: it is something the outside did to a handler.
 """
 
+from typing import Annotated
+
 from pydantic import Field
 
-from schemas.events.base import Event, Timestamp, Value
+from schemas.events.base import Event, Personal, PersonalText, Timestamp, Value
 from schemas.events.tasks import Citation, Evidence
 
 __all__ = ["Claim", "StepAssigned", "StepCancelRequested", "StepCancelled", "StepCompleted", "StepInput"]
@@ -15,8 +17,8 @@ class StepInput(Value):
     """The accepted result of a step that this one depends on."""
 
     step_id: str
-    objective: str
-    answer: str
+    objective: PersonalText
+    answer: PersonalText
     citations: tuple[Citation, ...] = ()
 
 
@@ -28,17 +30,17 @@ class StepAssigned(Event, family="work"):
     attempt: int = 1
     revision: int = 0
     capability: str
-    objective: str
+    objective: PersonalText
     inputs: tuple[StepInput, ...] = ()
-    parameters: dict[str, str] = Field(default_factory=dict)
-    finding: str = ""
+    parameters: Annotated[dict[str, str], Personal] = Field(default_factory=dict)
+    finding: PersonalText = ""
     deadline: Timestamp | None = None
 
 
 class Claim(Value):
     """A statement of a result, with the chunks that are said to support it."""
 
-    text: str
+    text: PersonalText
     chunk_ids: tuple[str, ...] = ()
 
 
@@ -50,8 +52,8 @@ class StepCompleted(Event, family="work"):
     attempt: int
     revision: int = 0
     capability: str
-    objective: str
-    answer: str
+    objective: PersonalText
+    answer: PersonalText
     claims: tuple[Claim, ...] = ()
     citations: tuple[Citation, ...] = ()
     evidence: tuple[Evidence, ...] = ()
@@ -63,7 +65,7 @@ class StepCancelRequested(Event, family="work"):
 
     target: str
     task_id: str
-    reason: str = ""
+    reason: PersonalText = ""
 
 
 class StepCancelled(Event, family="work"):
@@ -77,4 +79,4 @@ class StepCancelled(Event, family="work"):
     attempt: int
     agent: str
     event_id: str
-    reason: str = ""
+    reason: PersonalText = ""

@@ -1,18 +1,16 @@
-"""Old versions are read by Avro's resolution, or by upcasters where that is not enough; personal fields by a cipher."""
+"""Old versions are read by Avro's resolution, or by upcasters where that is not enough."""
 
-import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 
 from schemas.avro_generation import parsed_schema
 from schemas.avro_schema import RecordType, fingerprint, parse
 from schemas.codec import Codec
-from schemas.encryption import Personal
-from schemas.errors import InvalidEventError, MalformedError, UnknownSchemaError
-from schemas.events import EVENT_TYPES, Event, TaskSubmitted, Value
+from schemas.errors import InvalidEventError, UnknownSchemaError
+from schemas.events import EVENT_TYPES, Event, Value
 from schemas.metadata import Metadata
 from schemas.record import Record
 from schemas.registry import Manifest
@@ -164,68 +162,3 @@ def test_prune_drops_what_the_type_lacks_at_any_depth() -> None:
     values = {"list": [item], "map": {"k": item}, "maybe": item, "gone": 1}
     assert prune(schema, values) == {"list": [{"a": 1}], "map": {"k": {"a": 1}}, "maybe": {"a": 1}}
     assert prune(schema, {"maybe": None}) == {"maybe": None}
-
-
-class StreamCipher:
-    """A small reversible cipher, one key a subject; a subject's key can be destroyed."""
-
-    def __init__(self) -> None:
-        self.destroyed: set[str] = set()
-
-    def _mask(self, subject: str, field: str, data: bytes) -> bytes:
-        stream = hashlib.shake_256(f"{subject}/{field}".encode()).digest(len(data))
-        return bytes(one ^ other for one, other in zip(data, stream, strict=True))
-
-    def encrypt(self, subject: str, field: str, plaintext: bytes) -> bytes:
-        return b"\7" + self._mask(subject, field, plaintext)
-
-    def decrypt(self, subject: str, field: str, ciphertext: bytes) -> bytes | None:
-        if subject in self.destroyed:
-            return None
-        if ciphertext[:1] != b"\7":
-            raise ValueError("not made by this cipher")
-        return self._mask(subject, field, ciphertext[1:])
-
-
-def test_personal_fields_are_recorded_encrypted() -> None:
-    class Registered(Event, family="examples"):
-        """A person registered."""
-
-        person: str
-        name: Annotated[str, Personal("person")]
-        photo: Annotated[bytes, Personal("person")] = b""
-        country: str = ""
-
-    manifest = Manifest(()).with_schema(parsed_schema(Registered))
-    cipher = StreamCipher()
-    codec, plain = Codec(manifest=manifest, cipher=cipher), Codec(manifest=manifest)
-    event = Registered(person="p1", name="Ada Lövelace", photo=b"\1\2\3", country="UK")
-    encoded = codec.encode(event, META)
-    assert encoded == codec.encode(event, META)
-    assert b"velace" not in encoded.value
-    assert b"\1\2\3" not in encoded.value
-    assert dict(encoded.headers)["ce_encryptedfields"] == b"name,photo"
-    stored = Record("t", 0, 1, 0, b"k", encoded.value, encoded.headers)
-    assert codec.decode(stored).event == event
-
-    # Who has no cipher still reads the rest; what was written without one is not decrypted.
-    unread = plain.decode(stored).event
-    assert isinstance(unread, Registered)
-    assert (unread.person, unread.country) == ("p1", "UK")
-    assert "Ada" not in unread.name
-    clear = plain.encode(event, META)
-    assert "ce_encryptedfields" not in dict(clear.headers)
-    assert codec.decode(Record("t", 0, 1, 0, b"k", clear.value, clear.headers)).event == event
-
-    cipher.destroyed.add("p1")
-    assert codec.decode(stored).event == event.model_copy(update={"name": "", "photo": b""})
-    cipher.destroyed.clear()
-    forged = plain.encode(event.model_copy(update={"name": "zz"}), META)
-    with pytest.raises(MalformedError, match="name can't be decrypted"):
-        codec.decode(Record("t", 0, 1, 0, b"k", forged.value, encoded.headers))
-
-
-def test_types_without_personal_fields_carry_no_mark_of_encryption() -> None:
-    codec = Codec(cipher=StreamCipher())
-    event = TaskSubmitted(task_id="t", objective="o")
-    assert codec.encode(event, META) == Codec().encode(event, META)

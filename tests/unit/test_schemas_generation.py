@@ -13,9 +13,9 @@ from pydantic import Field
 from schemas import avro_generation
 from schemas.avro_generation import avro_schema, avsc_text, check, generate, main, parsed_schema, shipped_types
 from schemas.avro_schema import canonical, fingerprint, parse
-from schemas.encryption import Personal, personal_fields
 from schemas.errors import GenerationError
-from schemas.events import EVENT_TYPES, Event, Float32, Timestamp, Value
+from schemas.events import EVENT_TYPES, Event, Float32, Personal, Timestamp, Value
+from schemas.personal import personal_fields
 from schemas.registry import Manifest, check_append_only
 
 
@@ -82,7 +82,7 @@ def test_every_field_type_has_its_counterpart(own_types: None) -> None:
         by_name: dict[str, Place] = Field(default_factory=dict)
         place: Place | None = None
         vector: tuple[Annotated[float, Float32], ...] = ()
-        secret: Annotated[str, Personal("text")] = ""
+        secret: Annotated[str, Personal] = ""
 
     name = Place.__module__.rpartition(".")[2]
     micros = {"type": "long", "logicalType": "timestamp-micros"}
@@ -118,7 +118,7 @@ def test_every_field_type_has_its_counterpart(own_types: None) -> None:
         ],
     }
     fastavro.parse_schema(avro_schema(Everything))
-    assert personal_fields(Everything) == {"secret": "text"}
+    assert personal_fields(Everything) == ("secret",)
 
 
 class Node(Value):
@@ -136,7 +136,7 @@ class Node(Value):
         (str | None, "x", "must be None"),
         (Node, ..., "contains itself"),
         (tuple[str, ...], ("x",), "can't be written"),
-        (Annotated[int, Personal("other")], ..., "Personal"),
+        (Annotated[int, Personal], ..., "Personal"),
     ],
 )
 def test_what_can_not_be_recorded_is_refused(own_types: None, annotation: object, default: object, said: str) -> None:
@@ -161,16 +161,6 @@ def test_a_type_without_a_docstring_is_refused(own_types: None) -> None:
 
     with pytest.raises(GenerationError, match="docstring"):
         avro_schema(Silent)
-
-
-def test_a_subject_that_is_personal_or_missing_is_refused(own_types: None) -> None:
-    class Odd(Event, family="examples"):
-        """Odd."""
-
-        secret: Annotated[str, Personal("nobody")]
-
-    with pytest.raises(TypeError, match="nobody"):
-        personal_fields(Odd)
 
 
 def grown(**fields: object) -> dict[str, type[Event]]:
