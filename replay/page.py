@@ -52,10 +52,12 @@ __all__ = [
     "paragraph",
     "section",
     "shown",
+    "strong",
     "table",
     "timeline",
     "tree",
     "unified",
+    "visible",
 ]
 
 Tone = Literal["plain", "good", "warn", "bad", "info"]
@@ -135,6 +137,11 @@ def inline(*parts: Part) -> Html:
 def muted(*parts: Part) -> Html:
     """Parts on one line that matter less."""
     return Html(f'<span class="muted">{_words(parts)}</span>')
+
+
+def strong(*parts: Part) -> Html:
+    """Parts on one line that matter more."""
+    return Html(f"<strong>{_words(parts)}</strong>")
 
 
 def badge(text: Part, tone: Tone = "plain") -> Html:
@@ -282,8 +289,13 @@ def _html(part: Part) -> str:
     return part if isinstance(part, Html) else _text(shown(part))
 
 
+def visible(text: str) -> str:
+    """``text`` with every character shown that would hide, reorder or control what is shown; for terminals too."""
+    return _HIDDEN.sub(_visible, text)
+
+
 def _text(text: str) -> str:
-    return escape(_HIDDEN.sub(_visible, text), quote=True)
+    return escape(visible(text), quote=True)
 
 
 def _visible(match: re.Match[str]) -> str:

@@ -3,6 +3,8 @@
 In: an event. Out: what it says, without its key, on one line of text that is cut where it is long.
 """
 
+from datetime import timedelta
+
 from schemas.events import (
     ChangeMarked,
     ChunkEmbedded,
@@ -35,13 +37,33 @@ from schemas.events import (
     Waited,
 )
 
-__all__ = ["say", "say_effect", "shorten"]
+__all__ = ["duration", "say", "say_effect", "shorten"]
 
 
 def shorten(text: str, width: int = 100) -> str:
     """``text`` on one line of at most ``width`` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 1].rstrip()}…"
+
+
+def duration(length: timedelta) -> str:
+    """How long something took, with about three digits.
+
+    >>> [duration(timedelta(seconds=s)) for s in (0.0004, 0.0123, 1.2345, 75, 7_500)]
+    ['0.4 ms', '12 ms', '1.23 s', '1 min 15 s', '2 h 5 min']
+    """
+    seconds = length.total_seconds()
+    if abs(seconds) < 0.01:
+        return f"{seconds * 1000:.1f} ms" if seconds else "0 ms"
+    if abs(seconds) < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if abs(seconds) < 60:
+        return f"{seconds:.2f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min"
 
 
 def _step(step_id: str) -> str:
@@ -113,7 +135,7 @@ def say_effect(effect: Effect) -> str:
         case LlmCalled():
             return f"{effect.provider} {effect.model}, {effect.prompt_tokens}+{effect.completion_tokens} tokens"
         case MemoryRecalled():
-            return f"{len(effect.hits)} passages recalled"
+            return f"{len(effect.hits)} {'passage' if len(effect.hits) == 1 else 'passages'} recalled"
         case TextsEmbedded():
             return f"{effect.count} texts embedded"
         case ToolStarted():

@@ -1,7 +1,7 @@
 """Pages of reports: whole, self-contained, and safe to fill with text of any origin."""
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 
 import pytest
@@ -25,11 +25,13 @@ from replay.page import (
     paragraph,
     section,
     shown,
+    strong,
     table,
     timeline,
     tree,
     unified,
 )
+from replay.words import duration
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -43,11 +45,11 @@ HOSTILE = [
 ]
 
 _VOID = {"meta", "br"}
-_ALLOWED = {
-    "html head meta title style body header p h1 h2 h3 main footer section a span div b dl dt dd table caption thead",
-    "tbody tr th td pre code details summary ul li ins del i",
+_KNOWN = {
+    *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "h1", "h2", "h3"),
+    *("p", "a", "b", "i", "span", "div", "strong", "pre", "code", "ins", "del", "dl", "dt", "dd", "ul", "li"),
+    *("table", "caption", "thead", "tbody", "tr", "th", "td", "details", "summary"),
 }
-_KNOWN = {tag for line in _ALLOWED for tag in line.split()}
 
 
 class Checked(HTMLParser):
@@ -104,7 +106,7 @@ def everything(text: str) -> str:
             text,
             facts({text: text, "none": None}),
             table([text, "n"], [[text, 1], [badge(text, "good"), 2]], caption=text, right=[text]),
-            paragraph(text, link(text, "there"), muted(text)),
+            paragraph(text, link(text, "there"), muted(text), strong(text)),
             anchor=text,
         ),
         section("there", columns(text, code(text), titles=[text, text]), anchor="there"),
@@ -248,3 +250,8 @@ def test_a_timeline_spans_its_bars() -> None:
     assert "left:20.00%;width:80.00%" in html
     assert timeline([]) == ""
     assert timeline([Bar("instant", 5, 5)])
+
+
+def test_durations_have_three_digits() -> None:
+    lengths = [timedelta(seconds=seconds) for seconds in (0, 0.0004, 0.0123, 1.2345, 75, 7_500)]
+    assert [duration(each) for each in lengths] == ["0 ms", "0.4 ms", "12 ms", "1.23 s", "1 min 15 s", "2 h 5 min"]
