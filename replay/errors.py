@@ -2,12 +2,30 @@
 
 ReplayError
 ├── LogReadError            the log could not be read
-│   └── LogTruncatedError   it no longer holds what was asked for
+│   ├── LogTruncatedError   it no longer holds what was asked for
+│   └── ArchiveError        there is no archive, or it is another one's
+│       ├── ArchiveDamagedError  a file or a line of the manifest was changed, or is missing
+│       ├── ArchiveGapError      retention deleted what was to be archived
+│       └── ArchiveBusyError     another process writes it
+├── PinnedFileError         a golden history's file can't be read, is none, or may not be written
 ├── UnknownTaskError        no record carries the task's id
+├── WhatIfError             a what-if can't be run, or not gone on with
 └── OpenTaskError           the task has no outcome yet, so its history is not complete
 """
 
-__all__ = ["LogReadError", "LogTruncatedError", "OpenTaskError", "ReplayError", "UnknownTaskError"]
+__all__ = [
+    "ArchiveBusyError",
+    "ArchiveDamagedError",
+    "ArchiveError",
+    "ArchiveGapError",
+    "LogReadError",
+    "LogTruncatedError",
+    "OpenTaskError",
+    "PinnedFileError",
+    "ReplayError",
+    "UnknownTaskError",
+    "WhatIfError",
+]
 
 
 class ReplayError(Exception):
@@ -22,9 +40,33 @@ class LogTruncatedError(LogReadError):
     """The log's beginning has moved past what was asked for: the topic's retention has deleted it."""
 
 
+class ArchiveError(LogReadError):
+    """There is no archive in the folder, or it is of another system or release."""
+
+
+class ArchiveDamagedError(ArchiveError):
+    """A file of an archive, or a line of its manifest, was changed or is missing."""
+
+
+class ArchiveGapError(ArchiveError):
+    """Retention deleted records before they were archived."""
+
+
+class ArchiveBusyError(ArchiveError):
+    """Another process writes this archive."""
+
+
+class PinnedFileError(ReplayError):
+    """The file of a golden history is wrong, or in the way."""
+
+
 class UnknownTaskError(ReplayError):
     """No record in the log carries the task's id."""
 
 
 class OpenTaskError(ReplayError):
     """The task has no outcome yet."""
+
+
+class WhatIfError(ReplayError):
+    """The what-if can't be run as it was asked for, or its folder can't be used."""

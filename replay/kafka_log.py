@@ -24,7 +24,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from replay.errors import LogReadError, LogTruncatedError
-from replay.log import ALL, Batch, Log, Progress
+from replay.log import ALL, Batch, Log, Progress, wanted_spans
 from replay.selection import Place, Selection, Span, milliseconds
 from schemas.record import Record
 from schemas.topics import all_topics
@@ -35,6 +35,8 @@ _BATCH: Final = 1000
 _TIMEOUT_S: Final = 10.0
 _RETRY_S: Final = 0.2
 _POLL_S: Final = 0.5
+
+_GONE: Final = "retention has deleted what was before; an archive may have it (--from FOLDER)"
 
 _CLIENT: Final[Mapping[str, Any]] = {
     "reconnect.backoff.ms": 20,
@@ -108,7 +110,7 @@ class KafkaLog(Log):
             if not topics:
                 return
         held = self.spans(topics)
-        wanted = _wanted(held, selection, start or {})
+        wanted = wanted_spans(held, selection, start or {}, _GONE)
         consumer = Consumer({**_CONSUMER, **self._kafka})
         try:
             ends = self._by_time(consumer, wanted, selection, start or {})
@@ -184,35 +186,6 @@ class KafkaLog(Log):
             (each.topic, each.partition): each.offset if each.offset >= 0 else wanted[each.topic, each.partition][1]
             for each in found
         }
-
-
-def _wanted(held: Mapping[Place, Span], selection: Selection, start: Mapping[Place, int]) -> dict[Place, Span]:
-    """What is to be read of each partition: the selection's span, or all that is held, from ``start`` on."""
-    if selection.spans is None:
-        wanted = dict(held)
-    else:
-        if missing := sorted(place for place in selection.spans if place not in held and place[0] in _topics(held)):
-            raise LogReadError(f"there is no partition {', '.join(f'{topic}/{number}' for topic, number in missing)}")
-        wanted = {place: span for place, span in selection.spans.items() if place in held}
-    for place, (first, end) in wanted.items():
-        low, high = held[place]
-        position = min(max(first, start.get(place, first)), max(first, end))
-        if position < end and position < low:
-            raise LogTruncatedError(
-                f"{place[0]}/{place[1]} begins at offset {low} by now, and {position} is asked for: retention has "
-                "deleted what was before; read it from an archive (--from FOLDER)"
-            )
-        if position > high:
-            raise LogReadError(
-                f"{place[0]}/{place[1]} ends at offset {high}, and {position} is asked for; "
-                "was the topic made anew, or is it another cluster's?"
-            )
-        wanted[place] = position, max(position, min(end, high))
-    return wanted
-
-
-def _topics(places: Collection[Place]) -> set[str]:
-    return {topic for topic, _ in places}
 
 
 def _unreadable(topics: Collection[str], error: KafkaException) -> LogReadError:
@@ -303,7 +276,7 @@ class _Reading:
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             raise LogTruncatedError(
                 f"{topic}/{partition} no longer holds offset {self._positions.get((topic, partition))}: {error.str()}; "
-                "read it from an archive (--from FOLDER)"
+                f"{_GONE}"
             )
         # Every consumer asks for its group's coordinator; this one joins no group, and needs no right on one.
         elif not error.retriable() and error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:

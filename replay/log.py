@@ -9,17 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
+from replay.errors import LogReadError, LogTruncatedError
 from replay.selection import Place, Selection, Span
 from schemas.record import Record
 
-__all__ = ["Batch", "Log", "Progress"]
+__all__ = ["ALL", "Batch", "Log", "Progress", "wanted_spans"]
 
 Progress = Callable[[int, int], None]
 """Called with the positions done and the positions of all."""
 
-ALL = Selection()
+ALL: Final = Selection()
+"""Everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +75,39 @@ class Log(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def wanted_spans(
+    held: Mapping[Place, Span], selection: Selection, start: Mapping[Place, int], before: str
+) -> dict[Place, Span]:
+    """What is to be read of each partition: the selection's span, or all that is held, from ``start`` on.
+
+    ``before`` says why a log that begins later does so, for the error's message.
+
+    Raises:
+        LogTruncatedError: a span or a start lies before what is held.
+        LogReadError: one lies after it, or there is no such partition.
+    """
+    if selection.spans is None:
+        wanted = dict(held)
+    else:
+        topics = {topic for topic, _ in held}
+        if missing := sorted(place for place in selection.spans if place not in held and place[0] in topics):
+            raise LogReadError(f"there is no partition {', '.join(f'{topic}/{number}' for topic, number in missing)}")
+        wanted = {place: span for place, span in selection.spans.items() if place in held}
+    for place, (first, end) in wanted.items():
+        low, high = held[place]
+        position = start.get(place, first)
+        if selection.spans is not None:
+            position = min(max(first, position), max(first, end))
+        if position < end and position < low:
+            raise LogTruncatedError(
+                f"{place[0]}/{place[1]} begins at offset {low}, and {position} is asked for: {before}"
+            )
+        if position > high:
+            raise LogReadError(
+                f"{place[0]}/{place[1]} ends at offset {high}, and {position} is asked for; "
+                "was the topic made anew, or is it another cluster's?"
+            )
+        wanted[place] = position, max(position, min(end, high))
+    return wanted

@@ -4,7 +4,7 @@ In: what a person or a program asks for. Out: :class:`Selection`, whose question
 time, key and headers alone, so that what is not meant is never decoded. Pure: no Kafka, no files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -14,7 +14,7 @@ from schemas.events import EVENT_TYPES
 from schemas.record import Record
 from schemas.topics import all_topics
 
-__all__ = ["Place", "Selection", "Span", "Spans", "milliseconds"]
+__all__ = ["Place", "Selection", "Span", "Spans", "full_names", "milliseconds", "topics_with"]
 
 Place = tuple[str, int]
 """A topic's name and a partition's number."""
@@ -98,10 +98,8 @@ def _by_key(keys: frozenset[bytes]) -> Callable[[Record], bool]:
 def _by_headers(selection: Selection) -> Callable[[Record], bool]:
     agents = frozenset(agent.encode() for agent in selection.agents)
     correlations = frozenset(each.encode() for each in selection.correlation_ids)
-    types = frozenset(name.encode() for name in _full_names(selection.event_types))
-    topics = frozenset(
-        name for name, topic in all_topics().items() if any(kind.full_name.encode() in types for kind in topic.events)
-    )
+    types = frozenset(name.encode() for name in full_names(selection.event_types))
+    topics = topics_with(selection.event_types)
 
     def takes(record: Record) -> bool:
         headers = dict(record.headers)
@@ -121,7 +119,15 @@ def _by_headers(selection: Selection) -> Callable[[Record], bool]:
     return takes
 
 
-def _full_names(names: frozenset[str]) -> frozenset[str]:
+def topics_with(names: Collection[str]) -> frozenset[str]:
+    """The topics that carry one of these event types."""
+    types = full_names(names)
+    return frozenset(
+        name for name, topic in all_topics().items() if any(kind.full_name in types for kind in topic.events)
+    )
+
+
+def full_names(names: Collection[str]) -> frozenset[str]:
     """Full names of the types: a class name stands for every type that is called so."""
     known = {kind.__name__: name for name, kind in EVENT_TYPES.items()}
     return frozenset(known.get(name, name) for name in names)

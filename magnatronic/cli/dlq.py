@@ -6,7 +6,6 @@ a running system and against a cluster, whoever of them is in trouble.
 
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from magnatronic.cli.options import Output, common_options
+from magnatronic.cli.when import When
 from magnatronic.errors import WrongInputError
 
 if TYPE_CHECKING:
@@ -29,27 +29,9 @@ _DUMPED: Final = 1024
 _DUMP_WIDTH: Final = 16
 
 
-class _Since(click.ParamType):
-    """A time in the past: seconds ago (``90s``, ``15m``, ``2h``, ``7d``), or an ISO time; one without zone is local."""
-
-    name = "when"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        if isinstance(value, datetime):
-            return value
-        text = str(value).strip()
-        unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(text[-1:])
-        try:
-            if unit is not None:
-                return datetime.now(UTC) - timedelta(seconds=float(text[:-1]) * unit)
-            return datetime.fromisoformat(text).astimezone(UTC)
-        except (ValueError, OverflowError):
-            self.fail(f"{text!r} is no time; write 90s, 15m, 2h, 7d, or 2030-01-31T12:00:00Z", param, ctx)
-
-
 def _filters(function: Any) -> Any:
     for option in (
-        click.option("--since", type=_Since(), help="Written since: 90s, 15m, 2h, 7d ago, or an ISO time."),
+        click.option("--since", type=When(), help="Written since: 90s, 15m, 2h, 7d ago, or an ISO time."),
         click.option("--error", default="", help="Whose error is of this type, or says this."),
         click.option("--topic", default="", help="Of records from this topic."),
         click.option("--agent", default="", help="That this agent gave up."),
