@@ -27,6 +27,7 @@ from magnatronic.follow import KAFKA_LOGGER
 from magnatronic.monitoring import MonitorProcess
 from magnatronic.observing import Observer
 from magnatronic.queries import answer_query
+from magnatronic.rebuilding import Rebuilds
 from magnatronic.roles import AGENT_ROLES, SINK_ROLES, Workbench, instance_name, ready_codec
 from magnatronic.settings import Settings
 from magnatronic.tracing import make_tracer
@@ -101,6 +102,7 @@ class System:
         self._control: ControlServer | None = None
         self._agents: Runner | None = None
         self._sinks: dict[str, SinkRunner] = {}
+        self._rebuilds: Rebuilds | None = None
         self._directory: AgentDirectory | None = None
         self._alerts: OpenAlerts | None = None
         self._monitor: MonitorProcess | None = None
@@ -161,9 +163,13 @@ class System:
         await self._wait_ready()
         self._start_monitor(kafka["bootstrap.servers"])
         self._observer.started()
+        self._rebuilds = Rebuilds(self._workbench, self._sinks, lambda: self.kafka, codec)
         self._control = ControlServer(
             socket_path(self.settings.data_dir),
-            {"status": self._status, "query": self._query, "catch_up": self._catch_up},
+            {
+                **self._rebuilds.operations(),
+                **{"status": self._status, "query": self._query, "catch_up": self._catch_up},
+            },
         )
         await self._control.start()
         return self.info()
@@ -305,6 +311,7 @@ class System:
             "causes": [cause.as_dict() for cause in causes],
             "agents": [] if self._agents is None else sorted(self._agents.processors),
             "sinks": {role: {"records": runner.records_written} for role, runner in self._sinks.items()},
+            "jobs": [] if self._rebuilds is None else [job.as_dict() for job in self._rebuilds.jobs.running()],
             "monitor_pid": None if self._monitor is None else self._monitor.pid,
             "directory": [] if self._directory is None else _as_json(self._directory.entries()),
             "alerts": [] if self._alerts is None else _as_json(self._alerts.entries()),
@@ -331,6 +338,8 @@ class System:
         self._observer.stopping()
         if self._control is not None:
             await self._control.stop()
+        if self._rebuilds is not None:
+            await self._rebuilds.jobs.stop()
         monitor_gone = None if self._monitor is None else asyncio.ensure_future(asyncio.to_thread(self._monitor.stop))
         if self._agents is not None:
             self._agents.stop()

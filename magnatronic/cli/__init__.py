@@ -29,7 +29,9 @@ COMMANDS: Final = {
     "status": ("magnatronic.cli.inspect", "Show whether the running system is ready and, if not, what it waits for."),
     "query": ("magnatronic.cli.inspect", "Ask ClickHouse: SQL over every event, step, token and dollar."),
     "topics": ("magnatronic.cli.inspect", "Show the topics as they are on the cluster."),
+    "trace": ("magnatronic.cli.trace", "Show what led to what in a task, or what stood at any moment."),
     "dlq": ("magnatronic.cli.dlq", "Dead letters: list them, look into them, send them again, give them up."),
+    "rebuild": ("magnatronic.cli.rebuild", "Make ClickHouse again from the log, compare, and switch over."),
     "replay": ("magnatronic.cli.replay", "Decide recorded history again: prove it, or try another future."),
 }
 """Where each command lives, and what it does in one line."""

@@ -46,6 +46,9 @@ def status(*, data_dir: Path | None, out: Output) -> int:
     if found["directory"]:
         rows = [(each["agent"], each["instance"], each["health"], each["in_flight"]) for each in found["directory"]]
         out.table(("agent", "instance", "health", "in flight"), rows)
+    for job in found["jobs"]:
+        how_far = f" ({job['done']:,} of {job['of']:,})" if job["of"] else ""
+        out.console.print(f"{job['job']}: {job['phase']}{how_far}, for {job['seconds']:.0f} s", markup=False)
     for alert in found["alerts"]:
         out.console.print(f"{alert['severity']} alert, {alert['rule']}: {alert['message']}", markup=False)
     if found["ready"]:

@@ -1,0 +1,177 @@
+"""``magnatronic rebuild``: makes a projection again from the log and switches over, in the process that owns the store.
+
+In: settings, the log and, where it is older than the log, an archive. Out: the report of :mod:`sinks.rebuild` as JSON
+can hold it. An embedded store is rebuilt by the process of ``magnatronic up``, which is asked over its socket and can
+hold its own sink for the moment of the switch; a server's is rebuilt by the command itself, beside the sinks that feed
+it.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from magnatronic.errors import AlreadyRunningError, WrongInputError
+from replay.archive import ArchiveLog
+from replay.kafka_log import KafkaLog
+from replay.log import Batch, Log
+from replay.selection import Place, Selection, Span
+from schemas.codec import Codec
+from sinks.clickhouse import ClickHouse, ClickHouseProjection
+from sinks.rebuild import Progress, Projection, Rebuild
+
+__all__ = ["PROJECTIONS", "LogAfterArchive", "Options", "discard_clickhouse", "rebuild_clickhouse"]
+
+PROJECTIONS: Final = ("clickhouse",)
+
+Hold = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asks for: see ``magnatronic rebuild --help``."""
+
+    accept: bool = False
+    carry: bool = False
+    keep: bool = False
+    archive: Path | None = None
+
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> Self:
+        """From a request over the socket."""
+        archive = request.get("archive")
+        return cls(
+            **{name: bool(request.get(name)) for name in ("accept", "carry", "keep")},
+            archive=None if archive is None else Path(str(archive)),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a request over the socket."""
+        archive = None if self.archive is None else str(self.archive.absolute())
+        return {"accept": self.accept, "carry": self.carry, "keep": self.keep, "archive": archive}
+
+
+class LogAfterArchive:
+    """A :class:`sinks.rebuild.History`: what ``archive`` holds, and from where ``log`` begins, the log."""
+
+    def __init__(self, log: Log, archive: ArchiveLog | None) -> None:
+        self._log = log
+        self._archive = archive
+
+    def spans(self, topics: Sequence[str]) -> dict[Place, Span]:
+        """As of both. Of an archive only that counts which reaches without a gap to where the log begins."""
+        spans = self._log.spans(topics)
+        if self._archive is None:
+            return spans
+        archived = self._archive.spans()
+        for gap in self._archive.gaps:
+            place = gap.topic, gap.partition
+            first, last = archived[place]
+            archived[place] = max(first, gap.end), last
+        for place, (begin, end) in spans.items():
+            first, last = archived.get(place, (begin, begin))
+            if first < begin <= last:
+                spans[place] = first, end
+        return spans
+
+    def read(self, spans: Mapping[Place, Span]) -> Iterator[Batch]:
+        """The archive's part, then the log's."""
+        positions = {place: first for place, (first, _) in spans.items()}
+        held = self._log.spans(sorted({topic for topic, _ in spans}))
+        parts: list[tuple[Log, dict[Place, Span]]] = []
+        if self._archive is not None:
+            older = {place: (first, min(end, held[place][0])) for place, (first, end) in spans.items()}
+            parts.append((self._archive, {place: span for place, span in older.items() if span[0] < span[1]}))
+            spans = {place: (max(first, older[place][1]), end) for place, (first, end) in spans.items()}
+        parts.append((self._log, {place: span for place, span in spans.items() if span[0] < span[1]}))
+        for log, part in parts:
+            if not part:
+                continue
+            for batch in log.read(Selection(spans=part)):
+                positions |= batch.positions
+                yield Batch(batch.records, dict(positions))
+
+
+def rebuild_clickhouse(
+    clickhouse: ClickHouse,
+    options: Options,
+    *,
+    kafka: Mapping[str, Any],
+    codec: Codec,
+    lock_folder: Path,
+    hold: Hold = nullcontext,
+    on_progress: Progress = lambda *_: None,
+    stopping: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Rebuild ``clickhouse``; the report as JSON can hold it.
+
+    Raises:
+        AlreadyRunningError: another process on this machine does so.
+        SinkError, LogReadError: it could not be done; run again, it goes on.
+    """
+    projection = ClickHouseProjection(clickhouse)
+    with only_one(lock_folder, projection.name), ExitStack() as closing:
+        closing.callback(projection.close)
+        return _rebuild(projection, options, kafka, codec, hold, on_progress, stopping)
+
+
+def discard_clickhouse(clickhouse: ClickHouse, *, lock_folder: Path) -> None:
+    """Drop what an earlier rebuild left unfinished."""
+    projection = ClickHouseProjection(clickhouse)
+    with only_one(lock_folder, projection.name):
+        projection.discard()
+
+
+def _rebuild(
+    projection: Projection,
+    options: Options,
+    kafka: Mapping[str, Any],
+    codec: Codec,
+    hold: Hold,
+    on_progress: Progress,
+    stopping: threading.Event | None,
+) -> dict[str, Any]:
+    with ExitStack() as closing:
+        log = closing.enter_context(KafkaLog(kafka))
+        archive = None if options.archive is None else closing.enter_context(ArchiveLog(options.archive))
+        rebuild = Rebuild(
+            projection,
+            LogAfterArchive(log, archive),
+            codec,
+            hold=hold,
+            accept=options.accept,
+            carry=options.carry,
+            keep=options.keep,
+            on_progress=on_progress,
+            stopping=stopping,
+        )
+        return rebuild.run().as_dict()
+
+
+@contextmanager
+def only_one(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock of rebuilds of ``name``; the kernel frees it when the process ends.
+
+    Raises:
+        AlreadyRunningError: another process has it.
+        WrongInputError: the folder can't be written.
+    """
+    path = folder / f"rebuild-{name}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise WrongInputError(f"the data folder {folder} can't be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AlreadyRunningError(f"a rebuild of {name} is running already; {path} is held") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
