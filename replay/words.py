@@ -14,6 +14,7 @@ from schemas.events import (
     Effect,
     Event,
     LlmCalled,
+    LogArchived,
     MemoryRecalled,
     PlanProposed,
     PlanRejected,
@@ -122,6 +123,8 @@ def say(event: Event) -> str:
         case DeadLettered(agent=agent, error_type=kind, error=error) as dead:
             place = f"{dead.source_topic}[{dead.source_partition}]@{dead.source_offset}"
             return f"{agent} gave up {place}: {kind}: {shorten(error)}"
+        case LogArchived(records=records, head=head):
+            return f"{records:,} records; head {head[:16]}"
         case ProcessorStats() as stats:
             return f"{stats.events_in} in, {stats.events_out} out, lag {stats.lag}, p99 {stats.p99_ms:.1f} ms"
         case _:

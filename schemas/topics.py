@@ -26,6 +26,7 @@ from schemas.events import (
     DocumentSubmitted,
     Event,
     LlmCalled,
+    LogArchived,
     MemoryRecalled,
     PlanProposed,
     PlanRejected,
@@ -157,7 +158,13 @@ TOPICS: Final = (
     ),
     Topic("telemetry", "source", (ProcessorStats,), "each processor's figures, every second", DAYS_MS, partitions=1),
     Topic("alerts", "source", (AlertRaised, AlertCleared), "what is wrong", DAYS_MS, partitions=1),
-    Topic("audit", "source", (AccessDecided,), "who was allowed what", partitions=1),
+    Topic(
+        "audit",
+        "source",
+        (AccessDecided, LogArchived),
+        "who was allowed what, and what vouches for archives of the log",
+        partitions=1,
+    ),
     Topic("privacy", "key_id", (SubjectForgotten,), "whose personal data is gone for good", partitions=1),
     Topic(
         "dead-letters",

@@ -12,6 +12,7 @@ __all__ = [
     "AlertRaised",
     "DeadLetterResolved",
     "DeadLettered",
+    "LogArchived",
     "ProcessorStats",
     "Resolution",
     "Severity",
@@ -88,6 +89,21 @@ class AccessDecided(Event, family="operations"):
     resource: str
     allowed: bool
     reason: str = ""
+
+
+class LogArchived(Event, family="operations"):
+    """An archive of the log holds so much by now, and ``head`` vouches for it.
+
+    ``archive`` is the archive's name, ``cluster`` the id of the Kafka cluster whose log it holds. ``head`` is the hash
+    of the last entry of its manifest: as hex, it covers all entries before it, and with them every record.
+    """
+
+    source: str
+    archive: str
+    cluster: str
+    segments: int
+    records: int
+    head: str
 
 
 class DeadLettered(Event, family="operations"):
