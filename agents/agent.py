@@ -55,6 +55,9 @@ class Agent(ABC, Generic[StateT]):
     emits: ClassVar[tuple[type[Event], ...]]
     capabilities: ClassVar[tuple[str, ...]] = ()
     state_type: ClassVar[type[BaseModel] | None] = None
+    starts_anew: ClassVar[bool] = False
+    """Whether a lane whose state was erased, because a data subject was forgotten, has none. By default its events are
+    refused: ``on_failure`` is called with SubjectForgotten, and nothing is decided on what is left of the state."""
     predecessors: ClassVar[Mapping[str, "type[Agent[Any]]"]] = MappingProxyType({})
     """The classes that decided under earlier versions, where this one decides otherwise: see :meth:`at_version`."""
 

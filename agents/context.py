@@ -228,6 +228,13 @@ class Context(Generic[StateT]):
         return await effects.directory(self._journal, self._scope, capability)
 
     @property
+    def data_subjects(self) -> tuple[str, ...]:
+        """The key ids of the people that this decision is about: those of the event, of the lane's state and of what
+        was recalled so far. What is emitted inherits them.
+        """
+        return self._journal.data_subjects
+
+    @property
     def outputs(self) -> _Outputs:
         """What the handler has left so far. For :mod:`agents.step`."""
         return self._outputs

@@ -67,6 +67,7 @@ class Embedder(Agent[IndexedDocument]):
     consumes = (DocumentSubmitted, DocumentRemoved)
     emits = (ChunkEmbedded, DocumentIndexed)
     state_type = IndexedDocument
+    starts_anew = True
 
     def __init__(self, model: str, model_version: str, chunker: Chunker) -> None:
         self._model = model
@@ -89,7 +90,9 @@ class Embedder(Agent[IndexedDocument]):
         if before is not None and before.fingerprint == fingerprint:
             ctx.emit(self._indexed(event.document_id, before.content_hash, before.chunk_ids))
             return
-        chunks = self._identified(event)
+        # An id is not sealed, and must not tell whether a text that somebody guesses is in the document.
+        unguessed = ctx.metadata.id if ctx.data_subjects else ""
+        chunks = self._identified(event, unguessed)
         known = frozenset(before.chunk_ids) if before is not None else frozenset()
         new = [(chunk_id, chunk) for chunk_id, chunk in chunks.items() if chunk_id not in known]
         for first in range(0, len(new), _TEXTS_A_CALL):
@@ -111,8 +114,8 @@ class Embedder(Agent[IndexedDocument]):
         )  # so that no two divisions of the same characters are alike
         return sha256("\x1f".join((CHUNKING_VERSION, lengths, *parts)).encode()).hexdigest()
 
-    def _identified(self, event: DocumentSubmitted) -> dict[str, Chunk]:
-        """The document's chunks by id, in order."""
+    def _identified(self, event: DocumentSubmitted, unguessed: str = "") -> dict[str, Chunk]:
+        """The document's chunks by id, in order. The ids depend on ``unguessed``, if there is one, and on no text."""
         chunks = self._chunker(event.text, event.media_type, event.title)
         if len(chunks) > _MOST_CHUNKS:
             raise DocumentTooLargeError(
@@ -121,6 +124,9 @@ class Embedder(Agent[IndexedDocument]):
             )
         seen: Counter[tuple[str, str]] = Counter()
         identified: dict[str, Chunk] = {}
+        if unguessed:
+            model, version = self._model, self._model_version
+            return {deterministic_id("chunk", unguessed, chunk.ordinal, model, version): chunk for chunk in chunks}
         for chunk in chunks:
             same = (chunk.heading, chunk.embedded)
             identified[chunk_id_of(event, chunk, seen[same], self._model, self._model_version)] = chunk

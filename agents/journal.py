@@ -20,7 +20,8 @@ from agents.handler_loop import Delay, of_thread
 from agents.ports import Ports
 from agents.turns import Turns
 from agents.world import Call
-from schemas.events import ChangeMarked, Effect, ToolCalled, ToolStarted, Waited
+from schemas.encryption import union
+from schemas.events import ChangeMarked, Effect, MemoryRecalled, ToolCalled, ToolStarted, Waited
 from schemas.metadata import Envelope, Metadata, canonical_json, deterministic_id, request_hash
 
 __all__ = ["DOUBTFUL", "Identity", "Journal", "Request", "identity_of"]
@@ -115,6 +116,8 @@ class Journal:
     # the functions as a method has it for all of its events.
     ports: Ports = _NO_PORTS
     replaying = False
+    erased = False
+    """Whether an effect that was recorded can't be read any more, since a data subject was forgotten."""
     _timeout_s: float | None = None
     _on_performed: Callable[[], None] | None = None
     _durable: Callable[[], Awaitable[None]] | None = None
@@ -126,6 +129,7 @@ class Journal:
     _attempt = 1
     _next = 0
     _stale = False
+    _subjects: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -165,6 +169,25 @@ class Journal:
         """The agent's name."""
         return self._agent
 
+    @property
+    def data_subjects(self) -> tuple[str, ...]:
+        """The key ids of the people that the step is about: those of its event, of its lane's state, and of all that
+        was recalled for the event, whichever attempt did it: so replay, which knows no other attempts, has the same.
+        """
+        return self._cause.data_subjects if self._subjects is None else self._subjects
+
+    def concern(self, subjects: Iterable[str]) -> None:
+        """The step is about these people too."""
+        known = self.data_subjects
+        if not set(subjects).issubset(known):
+            self._subjects = union(known, subjects)
+
+    def _recalled(self, effect: Effect) -> None:
+        if isinstance(effect, MemoryRecalled):
+            for hit in effect.hits:
+                if hit.data_subjects:
+                    self.concern(hit.data_subjects)
+
     def _load(self, recorded: list[Effect]) -> None:
         """Take up what earlier lives recorded, in order."""
         if not recorded:
@@ -174,6 +197,7 @@ class Journal:
         self._attempt = last if self.replaying else last + 1
         self._recorded = {}
         for effect in recorded:
+            self._recalled(effect)
             if not self.replaying:
                 self._learn(effect)
             elif not isinstance(effect, Waited) or (effect.attempt == last and effect.request != _mark(last)):
@@ -425,13 +449,16 @@ class Journal:
             started_at=started,
             **fields,
         )
+        self._recalled(effect)
+        subjects = self.data_subjects
         metadata = Metadata(
             id=deterministic_id(
                 self._cause.id,
                 self._agent,
                 effect_type.__name__,
                 request.scope,
-                request.hashed,
+                # An id is not sealed: it must not tell whether a text that somebody guesses was in the request.
+                "" if subjects else request.hashed,
                 request.occurrence,
                 sequence,
             ),
@@ -441,6 +468,7 @@ class Journal:
             causation_id=self._cause.id,
             correlation_id=self._cause.correlation_id,
             traceparent=self._cause.traceparent,
+            data_subjects=subjects,
         )
         self.performed.append(Envelope(effect, metadata))
         if self._on_performed is not None:

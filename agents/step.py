@@ -40,11 +40,17 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @frozen
 class LaneState:
-    """What a lane keeps between events: the agent's model, the lane's last decision time, and when to forget it."""
+    """What a lane keeps between events: the agent's model, the lane's last decision time, and when to forget it.
+
+    ``data_subjects`` are those of all that the model was made of. ``erased``: one of them was forgotten, and what is
+    personal in the model is blank.
+    """
 
     value: Any
     now: datetime
     expires_at: datetime | None = None
+    data_subjects: tuple[str, ...] = ()
+    erased: bool = False
 
 
 @frozen
@@ -119,7 +125,8 @@ def state_for(agent: Agent[Any], state: LaneState | None) -> LaneState | None:
     model = agent.state_type
     if state is None or model is None or type(state.value) is model:
         return state
-    return LaneState(model.model_validate_json(state.value.model_dump_json()), state.now, state.expires_at)
+    value = model.model_validate_json(state.value.model_dump_json())
+    return LaneState(value, state.now, state.expires_at, state.data_subjects, state.erased)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -222,6 +229,8 @@ def _context(
     journal: Journal,
 ) -> Context[Any]:
     now = decision_time(timestamp_ms, state, envelope.event)
+    if state is not None and state.data_subjects:
+        journal.concern(state.data_subjects)
     return Context(agent.name, envelope.metadata, now, priority, None if state is None else state.value, journal)
 
 
@@ -230,17 +239,20 @@ def _result(
 ) -> StepResult:
     left = ctx.outputs
     value = left.state
-    outputs = _outputs(agent, envelope.metadata, left.emitted, ctx.now, kind) if left.emitted else ()
+    subjects = ctx.data_subjects
+    outputs = _outputs(agent, envelope.metadata, left.emitted, ctx.now, kind, subjects) if left.emitted else ()
     timers = () if left.timers is None else tuple(TimerChange(name, due) for name, due in left.timers.items())
     if value is None:
         return StepResult(outputs, None, before is not None, timers)
     if before is not None and value is before.value:
         return StepResult(outputs, before, False, timers)
     expires_at = None if left.expires_after is None else ctx.now + left.expires_after
-    return StepResult(outputs, LaneState(value, ctx.now, expires_at), True, timers)
+    return StepResult(outputs, LaneState(value, ctx.now, expires_at, subjects), True, timers)
 
 
-def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datetime, kind: str) -> tuple[Envelope, ...]:
+def _outputs(
+    agent: Agent[Any], cause: Metadata, events: list[Event], now: datetime, kind: str, subjects: tuple[str, ...]
+) -> tuple[Envelope, ...]:
     name, source, emits, cause_id = agent.name, agent.source, agent.emits, cause.id
     stem = f"{cause_id}\x1f{name}\x1f{kind}\x1f"
     outputs = []
@@ -257,6 +269,7 @@ def _outputs(agent: Agent[Any], cause: Metadata, events: list[Event], now: datet
             cause_id,
             cause.correlation_id,
             cause.traceparent,
+            subjects,
         )
         outputs.append(Envelope(event, metadata))
     return tuple(outputs)

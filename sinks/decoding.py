@@ -6,7 +6,7 @@ always gives the same row.
 
 from typing import Protocol
 
-from schemas.errors import RegistryError, SchemaError
+from schemas.errors import SchemaError, UnavailableError
 from schemas.metadata import Envelope
 from schemas.record import Record
 from sinks.sink import SinkRecord
@@ -25,11 +25,11 @@ def decoded(codec: Decoder, record: Record) -> SinkRecord:
     """``record`` with its event, or with why it has none.
 
     Raises:
-        RegistryError: nobody can say now what the bytes mean.
+        UnavailableError: nobody can say now what the bytes mean.
     """
     try:
         return SinkRecord(record, codec.decode(record))
-    except RegistryError:
+    except UnavailableError:
         raise
     except SchemaError as error:
         return SinkRecord(record, None, f"{type(error).__name__}: {error}")

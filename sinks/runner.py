@@ -27,7 +27,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from schemas.errors import RegistryError
+from schemas.errors import UnavailableError
 from schemas.record import Record
 from sinks.decoding import Decoder, decoded
 from sinks.errors import HistoryLostError, LogError, SinkError
@@ -405,10 +405,10 @@ class SinkRunner:
         while True:
             try:
                 return decoded(self._codec, record)
-            except RegistryError as error:
+            except UnavailableError as error:
                 if not error.retryable or self._stopping.is_set():
                     raise
-                _log.warning("sink %s waits for the schema registry: %s", self.sink.name, error)
+                _log.warning("sink %s waits: %s", self.sink.name, error)
                 self._stopping.wait(1.0)
 
     def _flush(self) -> None:

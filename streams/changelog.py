@@ -101,6 +101,7 @@ class Timer:
     correlation: str
     cause: str
     traceparent: str
+    data_subjects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,7 @@ class _TimerValue(BaseModel):
     correlation: str
     cause: str
     traceparent: str
+    data_subjects: tuple[str, ...] = ()
 
 
 def timer_value(timer: Timer) -> bytes:
@@ -211,8 +213,9 @@ def timer_value(timer: Timer) -> bytes:
         correlation=timer.correlation,
         cause=timer.cause,
         traceparent=timer.traceparent,
+        data_subjects=timer.data_subjects,
     )
-    return value.model_dump_json().encode()
+    return value.model_dump_json(exclude_defaults=True).encode()
 
 
 def _timer(rest: str, data: bytes) -> Timer:
@@ -224,7 +227,8 @@ def _timer(rest: str, data: bytes) -> Timer:
         due = _EPOCH + timedelta(microseconds=value.due)
     except OverflowError as error:
         raise ValueError(f"due at {value.due} µs is no time") from error
-    return Timer(_lane_of_timer(lane), name, due, value.subject, value.correlation, value.cause, value.traceparent)
+    told = value.subject, value.correlation, value.cause, value.traceparent, value.data_subjects
+    return Timer(_lane_of_timer(lane), name, due, *told)
 
 
 def parked_message(changelog: str, parked: Parked) -> Outgoing:

@@ -86,6 +86,7 @@ class Firing:
             causation_id=timer.cause,
             correlation_id=timer.correlation,
             traceparent=timer.traceparent,
+            data_subjects=timer.data_subjects,
         )
         return [
             self._messages.to(partition.topic, Envelope(event, metadata), partition.number),

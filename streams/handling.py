@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -21,16 +22,16 @@ from agents.agent import Failure
 from agents.context import Ports
 from agents.errors import EffectFailedError
 from agents.journal import Journal
-from agents.step import Running, StepResult, begin_step, failure_of, run_failure
+from agents.step import LaneState, Running, StepResult, begin_step, failure_of, run_failure
 from schemas.codec import Codec
-from schemas.errors import EncodeError, EventTooLargeError
+from schemas.errors import EncodeError, EventTooLargeError, KeyStoreError, SubjectForgottenError
 from schemas.events import Effect, LlmCalled, StepAssigned, StepCancelled
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from streams.binding import Binding
 from streams.changelog import Timer, effect_key, parked_key, run_key, state_key, timer_key, timer_value
 from streams.errors import StateError
-from streams.messages import DEAD_LETTERS, Messages
+from streams.messages import DEAD_LETTERS, Messages, about_nobody
 from streams.partition import Entry, Partition, Trial, Work
 from streams.state import StateCodec
 from streams.stats import Stats
@@ -42,6 +43,10 @@ _STATE_LIMIT: Final = 1_048_576
 """Bytes of one lane's state: what is larger is written again and again, and belongs elsewhere."""
 _WARNINGS_A_SECOND: Final = 5
 _HUNG_GRACE: Final = 1.5
+_KEYS_AGAIN_S: Final = 1.0
+_FORGOTTEN: Final = Failure(
+    "SubjectForgotten", "it is about a data subject who was forgotten: its content is gone", retryable=False
+)
 _NO_CHANGE: Final = StepResult((), None, state_changed=False)
 
 log = logging.getLogger(__name__)
@@ -91,10 +96,14 @@ class Handling:
         envelope, partition = work.envelope, work.partition
         assert envelope is not None
         journal = work.journal
-        if journal is None:
-            journal = work.journal = self._journal_of(work, envelope.metadata)
-        state = partition.state.get(work.lane)
         try:
+            if journal is None:
+                journal = work.journal = self._journal_of(work, envelope.metadata)
+            state = partition.state.get(work.lane)
+            if state is not None and state.erased and self._agent.starts_anew:
+                state = None
+            if envelope.erased or journal.erased or (state is not None and state.erased):
+                return self._erased(work)
             step = begin_step(self._agent, envelope, journal, state, work.record.timestamp_ms, partition.priority)
             if isinstance(step, Running):
                 return self._finish(work, journal, step)
@@ -102,8 +111,10 @@ class Handling:
             if journal.performed or work.trial is not None:
                 # An effect that can't be recorded fails its event: what it decided could not be proved.
                 messages += self._effects(work, journal)
+        except StateError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
-            return self._failed(work, journal, failure_of(error))
+            return self._failed(work, journal, error)
         self._leave(work, step, messages)
         return None
 
@@ -119,20 +130,33 @@ class Handling:
             if journal.performed or work.trial is not None:
                 messages += self._effects(work, journal)
         except asyncio.CancelledError:
-            failure = _why_ended(work)
+            failure: Exception | Failure | None = _why_ended(work)
             if failure is None:
                 self.cancelled(work)
                 return None
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
-            failure = failure_of(error)
+            failure = error
         else:
             self._leave(work, result, messages)
             return None
         return await self._failed(work, journal, failure)
 
-    async def _failed(self, work: Work, journal: Journal, failure: Failure) -> float | None:
-        self._stats.failures += 1
+    async def _failed(self, work: Work, journal: Journal | None, error: Exception | Failure) -> float | None:
+        if isinstance(error, SubjectForgottenError):
+            await self._erased(work)
+            return None
         trial = work.tried()
+        if isinstance(error, KeyStoreError) and error.retryable:
+            # No fault of the event's: it waits for as long as the key store is away.
+            log.warning("%s waits: %s", self._agent.name, error)
+            if journal is not None:
+                journal.next_attempt()
+            return _KEYS_AGAIN_S
+        self._stats.failures += 1
+        if journal is None:
+            assert work.envelope is not None
+            journal = work.journal = _Journal(self, work, work.envelope.metadata, ())
+        failure = error if isinstance(error, Failure) else failure_of(error)
         policy = self._binding.retry_of(failure.error_type)
         if failure.retryable and trial.attempt < policy.attempts:
             wait_s = policy.wait_s(trial.attempt)
@@ -143,18 +167,24 @@ class Handling:
         await self._give_up(work, failure, journal)
         return None
 
-    def _journal_of(self, work: Work, cause: Metadata) -> Journal:
+    def _journal_of(self, work: Work, cause: Metadata) -> "_Journal":
         recorded: Sequence[Effect] = ()
         effects = work.partition.effects
+        erased = False
         if work.trace is not None:
             work.trace.begin()
         if effects and (records := effects.get(cause.id)) is not None:
             restored = [self._codec.decode(record) for record in records]
             recorded = [made.event for made in restored if isinstance(made.event, Effect)]
             work.tried().restored = tuple(effect.sequence for effect in recorded)
+            erased = any(made.erased for made in restored)
             if work.trace is not None:
                 work.trace.restored = tuple(restored)
-        return _Journal(self, work, cause, recorded)
+            if erased:
+                recorded = ()
+        journal = _Journal(self, work, cause, recorded)
+        journal.erased = erased
+        return journal
 
     # Effects of a step that still runs.
 
@@ -202,6 +232,10 @@ class Handling:
         for made in journal.performed[trial.journalled :]:
             try:
                 message = self._messages.of(made)
+            except KeyStoreError as error:
+                log.warning("%s waits: %s", self._agent.name, error)
+                asyncio.get_running_loop().call_later(_KEYS_AGAIN_S, self.performed, work)
+                break
             except EncodeError:
                 trial.unrecordable = True
                 _wake(trial, len(journal.performed))
@@ -222,6 +256,10 @@ class Handling:
         for made in performed if trial is None else performed[trial.journalled :]:
             try:
                 messages.append(self._messages.of(made))
+            except SubjectForgottenError:
+                if not skip_unrecordable:
+                    raise
+                messages.append(self._messages.or_blank(made))
             except EncodeError as error:
                 if not skip_unrecordable:
                     raise
@@ -265,9 +303,10 @@ class Handling:
             causation_id=cause.id,
             correlation_id=cause.correlation_id,
             traceparent=cause.traceparent,
+            data_subjects=cause.data_subjects,
         )
         journal = work.journal or self._journal_of(work, cause)
-        messages = [self._messages.of(Envelope(fact, metadata))]
+        messages = [self._messages.or_blank(Envelope(fact, metadata))]
         messages += self._effects(work, journal, skip_unrecordable=True)
         work.journal = journal
         self._stats.cancelled += 1
@@ -296,6 +335,9 @@ class Handling:
                 journal=journal,
             )
             messages = self._outcome(result, work)
+        except SubjectForgottenError:
+            await self._erased(work)
+            return
         except asyncio.CancelledError:
             if _why_ended(work) is None:
                 self.cancelled(work)
@@ -305,6 +347,8 @@ class Handling:
         except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
             result, messages = _NO_CHANGE, []
             error = f"{error}; then on_failure failed with {type(second).__name__}: {second}"
+        # Logs and traces are kept elsewhere, in the clear.
+        told = "it is about data subjects" if journal.data_subjects else error[:500]
         self._warn(
             "%s gave up on %s[%d]@%d (%s) after %d attempts: %s: %s",
             self._agent.name,
@@ -314,13 +358,52 @@ class Handling:
             type(envelope.event).__name__,
             attempts,
             failure.error_type,
-            error[:500],
+            told,
         )
         work.dead = True
         if work.trace is not None:
-            work.trace.error = failure.error_type, error[:500]
-        messages.append(self._messages.dead_letter(work.record, envelope.metadata, failure.error_type, error, attempts))
+            work.trace.error = failure.error_type, told
+        cause = replace(envelope.metadata, data_subjects=journal.data_subjects)
+        messages.append(self._messages.dead_letter(work.record, cause, failure.error_type, error, attempts))
         messages += self._effects(work, journal, skip_unrecordable=True)
+        self._leave(work, result, messages)
+
+    async def _erased(self, work: Work) -> None:
+        """The event, its lane's state or what was recalled for it is about a data subject who was forgotten.
+
+        Nothing is decided on what is left. ``on_failure`` is called with the blank event, so that nobody waits; what it
+        emits names no data subjects, and there is no dead letter: sending it again would change nothing.
+        """
+        envelope, partition, before = work.envelope, work.partition, work.journal
+        assert envelope is not None
+        bare = about_nobody(envelope)
+        state = partition.state.get(work.lane)
+        if state is not None and state.erased:
+            state = LaneState(state.value, state.now, state.expires_at)
+        agent, source = self._agent, self._source
+        work.journal = Journal(agent=agent.name, source=source, key=bare.metadata.subject, cause=bare.metadata)
+        try:
+            result = await run_failure(
+                agent,
+                bare,
+                _FORGOTTEN,
+                timestamp_ms=work.record.timestamp_ms,
+                priority=partition.priority,
+                state=state,
+                journal=work.journal,
+            )
+            messages = self._outcome(result, work)
+        except Exception as error:  # noqa: BLE001 - nobody is told then, but the log goes on
+            log.warning("%s: on_failure of an erased event failed: %s", agent.name, type(error).__name__)
+            result, messages = _NO_CHANGE, []
+        if work.trial is not None:
+            performed = () if before is None else before.performed
+            # Figures and cost of what was done are kept.
+            messages += [self._messages.or_blank(made) for made in performed[work.trial.journalled :]]
+            messages += self._tombstones(work, work.trial, performed)
+        elif before is not None:
+            messages += [self._messages.or_blank(made) for made in before.performed]
+        self._stats.erased += 1
         self._leave(work, result, messages)
 
     def unreadable(self, work: Work, error: Exception) -> None:
@@ -405,8 +488,9 @@ class Handling:
 
     def _timer(self, work: Work, name: str, due: datetime) -> Timer:
         assert work.envelope is not None
-        cause = work.envelope.metadata
-        return Timer(work.lane, name, due, cause.subject, cause.correlation_id, cause.id, cause.traceparent)
+        cause, journal = work.envelope.metadata, work.journal
+        subjects = cause.data_subjects if journal is None else journal.data_subjects
+        return Timer(work.lane, name, due, cause.subject, cause.correlation_id, cause.id, cause.traceparent, subjects)
 
     def _outcome(self, result: StepResult, work: Work) -> list[Outgoing]:
         """The outputs, the state's change and the timers as messages.

@@ -4,19 +4,22 @@ In: what an agent emitted, or a record that it could not process. Out: :data:`~s
 their topics take.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from agents.agent import Agent
 from schemas.codec import Codec
-from schemas.errors import EncodeError, EventTooLargeError
+from schemas.errors import EncodeError, EventTooLargeError, MalformedError, SubjectForgottenError
 from schemas.events import DeadLettered, Priority
 from schemas.metadata import Envelope, Metadata, deterministic_id
+from schemas.personal import blank
 from schemas.record import Record
+from schemas.sealing import SUBJECTS, subjects_of
 from schemas.topics import all_topics, topic_name, topic_of
 from streams.transactor import Outgoing
 
-__all__ = ["DEAD_LETTERS", "Messages"]
+__all__ = ["DEAD_LETTERS", "Messages", "about_nobody"]
 
 DEAD_LETTERS: Final = topic_of(DeadLettered).name
 
@@ -64,6 +67,13 @@ class Messages:
                 )
         return topic, key, value, headers, partition
 
+    def or_blank(self, envelope: Envelope) -> Outgoing:
+        """As :meth:`of`; where a data subject was forgotten by now, without what is personal, and about nobody."""
+        try:
+            return self.of(envelope)
+        except SubjectForgottenError:
+            return self.of(about_nobody(envelope))
+
     def dead_letter(
         self, record: Record, cause: Metadata | None, error_type: str, error: str, attempts: int
     ) -> Outgoing:
@@ -90,12 +100,26 @@ class Messages:
             causation_id="" if cause is None else cause.id,
             correlation_id="" if cause is None else cause.correlation_id,
             traceparent="" if cause is None else cause.traceparent,
+            data_subjects=_named(record) if cause is None else cause.data_subjects,
         )
         try:
-            return self.of(Envelope(letter, metadata))
+            return self.or_blank(Envelope(letter, metadata))
         except EncodeError as too_large:
             # It is still in its topic, at the place that the letter names.
             bare = letter.model_copy(
                 update={"value": None, "header_names": (), "header_values": (), "error": f"{letter.error}; {too_large}"}
             )
-            return self.of(Envelope(bare, metadata))
+            return self.or_blank(Envelope(bare, metadata))
+
+
+def about_nobody(envelope: Envelope) -> Envelope:
+    """The event without what is personal in it, and without data subjects."""
+    return Envelope(blank(envelope.event), replace(envelope.metadata, data_subjects=()), erased=True)
+
+
+def _named(record: Record) -> tuple[str, ...]:
+    """The data subjects that the headers of a record name, which could not be read as an event."""
+    try:
+        return subjects_of(dict(record.headers).get(SUBJECTS) or b"")
+    except MalformedError:
+        return ()

@@ -51,6 +51,9 @@ class MetricName(Enum):
         "magnatronic_processor_retries", "counter", _PROCESSOR, "Failed attempts that are followed by another"
     )
     CANCELLED = Definition("magnatronic_processor_cancelled", "counter", _PROCESSOR, "Steps stopped by request")
+    ERASED = Definition(
+        "magnatronic_processor_erased", "counter", _PROCESSOR, "Events refused since a data subject was forgotten"
+    )
     TIMERS = Definition("magnatronic_processor_timers", "counter", _PROCESSOR, "Timers fired")
     # What a crash would not lose though its step still runs.
     JOURNALLED = Definition(
@@ -225,6 +228,7 @@ def _add_processor(families: Families, processor: ProcessorFigures) -> None:
         (name.FAILURES, stats.failures),
         (name.RETRIES, stats.retries),
         (name.CANCELLED, stats.cancelled),
+        (name.ERASED, stats.erased),
         (name.TIMERS, stats.timers),
         (name.JOURNALLED, stats.journalled),
         (name.PARKED, stats.parked),

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from yarl import URL
 
 from schemas.codec import Codec
-from schemas.errors import RegistryError, SchemaError
+from schemas.errors import SchemaError, UnavailableError
 from schemas.events import AgentHeartbeat, AgentRegistered, AlertRaised, Event, Health, ProcessorStats, TaskCompleted
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.record import Record
@@ -239,7 +239,7 @@ def _decode(message: Any) -> Envelope | None:
     )
     try:
         return state.codec.decode(record)
-    except RegistryError:
+    except UnavailableError:
         raise
     except SchemaError as error:
         log.warning("%s[%d]@%d is passed over: %s", record.topic, record.partition, record.offset, error)

@@ -22,7 +22,7 @@ from confluent_kafka import Consumer, Message, TopicPartition
 from agents.context import Ports
 from agents.step import concerns, lane_of
 from schemas.codec import Codec
-from schemas.errors import RegistryError
+from schemas.errors import UnavailableError
 from schemas.events import StepAssigned, TimerFired
 from schemas.metadata import REDRIVE_HEADER
 from schemas.record import Record
@@ -102,7 +102,7 @@ class Processor:
         agent = binding.agent
         self.name = instance_id(binding.group, slot)
         self._consumes = frozenset(agent.consumes)
-        self._state_codec = None if agent.state_type is None else StateCodec(agent.state_type)
+        self._state_codec = None if agent.state_type is None else StateCodec(agent.state_type, codec.cipher)
         self._handling = Handling(
             binding,
             codec,
@@ -428,7 +428,7 @@ class Processor:
                 self._skip(work)
                 return None
             work.lane = key = lane_of(agent, event) if kind is TimerFired else agent.lane(event)
-        except RegistryError as error:
+        except UnavailableError as error:
             # Nobody can say what the bytes mean now; going on would change the order of their lane.
             place = f"{partition.topic}[{partition.number}]@{work.order}"
             self._fail(ClusterError(f"{self.name}: {place}: {error}"))

@@ -9,11 +9,13 @@ in the changelog, and parsed when an event asks.
 
 import re
 import time
+from base64 import b64encode
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from heapq import heapify, heappop, heappush
 from typing import Any, Final, Generic, TypeVar
 
+import orjson
 from confluent_kafka import (
     KafkaError,
     KafkaException,
@@ -22,6 +24,8 @@ from confluent_kafka.admin import AclOperation, AdminClient, NewTopic, TopicMeta
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agents.step import LaneState
+from schemas.encryption import Cipher
+from schemas.personal import blank
 from streams.access import denied, lacking, refusal
 from streams.errors import ClusterError, MissingTopicError, StateError
 from streams.kafka import MAX_MESSAGE_BYTES
@@ -47,7 +51,7 @@ _KNOWN_S: Final = 3.0
 _KNOWN_POLL_S: Final = 0.1
 _PARSED_BYTES: Final = 1024 * 1024
 _EXPIRED_AT_ONCE: Final = 5_000
-_HEAD: Final = re.compile(rb'\{"v":1,"now":(-?\d+),"expires":(-?\d+|null),')
+_HEAD: Final = re.compile(rb'\{"v":[12],"now":(-?\d+),"expires":(-?\d+|null),')
 """What :meth:`StateCodec.dump` begins with: the times are had without parsing the model."""
 _LIFE_SHIFT: Final = 11
 
@@ -67,20 +71,32 @@ class _Stored(BaseModel, Generic[ModelT]):
     v: int
     now: int
     expires: int | None = None
+    subjects: tuple[str, ...] = ()
     value: ModelT
+    sealed: bytes = b""
 
 
 class StateCodec:
     """Lane states to changelog values and back: JSON, readable with any consumer, versioned by ``v``.
 
-    ``state_type`` is the agent's model; it may gain fields that have defaults.
+    ``state_type`` is the agent's model; it may gain fields that have defaults. What is about data subjects is version
+    2: it names them, and what is personal in it is blank in ``value``, which lies whole in ``sealed`` (``cipher``).
     """
 
-    def __init__(self, state_type: type[BaseModel]) -> None:
+    def __init__(self, state_type: type[BaseModel], cipher: Cipher | None = None) -> None:
+        self._state_type = state_type
         self._stored = _Stored[state_type]  # type: ignore[valid-type]
+        self._cipher = cipher
 
     def dump(self, state: LaneState) -> bytes:
-        """The changelog value of ``state``."""
+        """The changelog value of ``state``.
+
+        Raises:
+            SubjectForgottenError: it is about a data subject whose key was destroyed.
+            KeyStoreError: a data subject's key can't be had.
+        """
+        if state.data_subjects:
+            return self._dump_sealed(state)
         expires = b"null" if state.expires_at is None else b"%d" % _micros(state.expires_at)
         value: str = state.value.model_dump_json()
         return b'{"v":1,"now":%d,"expires":%b,"value":%b}' % (_micros(state.now), expires, value.encode())
@@ -94,13 +110,45 @@ class StateCodec:
         try:
             stored = self._stored.model_validate_json(data)
         except ValidationError as error:
-            raise StateError(
-                f"a changelog value can't be read as state: {error.errors(include_url=False)[:2]}"
-            ) from error
-        if stored.v != 1:
+            said = error.errors(include_url=False, include_input=False)[:2]
+            raise StateError(f"a changelog value can't be read as state: {said}") from None
+        if stored.v not in (1, 2):
             raise StateError(f"a changelog value has version {stored.v}, written by a later release; upgrade this one")
+        value, erased = (stored.value, False) if not stored.sealed else self._open(stored)
         expires_at = None if stored.expires is None else _EPOCH + timedelta(microseconds=stored.expires)
-        return LaneState(stored.value, _EPOCH + timedelta(microseconds=stored.now), expires_at)
+        return LaneState(value, _EPOCH + timedelta(microseconds=stored.now), expires_at, stored.subjects, erased)
+
+    def _dump_sealed(self, state: LaneState) -> bytes:
+        bare = blank(state.value)
+        stored = {
+            "v": 2,
+            "now": _micros(state.now),
+            "expires": None if state.expires_at is None else _micros(state.expires_at),
+            "subjects": state.data_subjects,
+            "value": bare.model_dump(mode="json"),
+        }
+        if bare is not state.value:
+            if self._cipher is None:
+                raise StateError("a state about data subjects can't be kept without a key store")
+            sealed = self._cipher.seal(state.data_subjects, self._bound, state.value.model_dump_json().encode())
+            stored["sealed"] = b64encode(sealed).decode()
+        return orjson.dumps(stored)
+
+    def _open(self, stored: "_Stored[Any]") -> tuple[BaseModel, bool]:
+        try:
+            plain = None if self._cipher is None else self._cipher.open(stored.subjects, self._bound, stored.sealed)
+            return (stored.value, True) if plain is None else (self._state_type.model_validate_json(plain), False)
+        except ValueError as error:
+            said = (
+                error.errors(include_url=False, include_input=False)[:2]
+                if isinstance(error, ValidationError)
+                else error
+            )
+            raise StateError(f"a changelog value's sealed state can't be opened: {said}") from None
+
+    @property
+    def _bound(self) -> tuple[bytes, ...]:
+        return b"state", self._state_type.__qualname__.encode()
 
 
 def _micros(time: datetime) -> int:

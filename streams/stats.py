@@ -27,7 +27,8 @@ class Stats:
     ``events_in`` counts events that were handled or dead-lettered and committed, ``skipped`` those that were not for
     this agent or were done before, ``events_out`` committed output events, ``failures`` failed attempts of handlers,
     ``retries`` those that are followed by another, ``journalled`` effects committed before their step was done,
-    ``cancelled`` stopped steps, ``timers`` those that fired. ``in_flight``, ``lag``, ``parked`` (events that wait for
+    ``cancelled`` stopped steps, ``erased`` events that were refused since a data subject of theirs was forgotten,
+    ``timers`` those that fired. ``in_flight``, ``lag``, ``parked`` (events that wait for
     their next attempt) and ``restore_s`` (how long the last restore took) are the latest figures, not counts.
     ``assigned``, ``revoked`` and ``lost`` count partitions that came and went.
     ``latencies``: from fetched to committed, a sample a transaction and more. ``commit_latencies``: of transactions.
@@ -50,6 +51,7 @@ class Stats:
     retries: int = 0
     journalled: int = 0
     cancelled: int = 0
+    erased: int = 0
     timers: int = 0
     restore_s: float = 0.0
     assigned: int = 0

@@ -18,7 +18,7 @@ from uuid import uuid4
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from schemas.codec import Codec
-from schemas.errors import RegistryError, SchemaError
+from schemas.errors import SchemaError, UnavailableError
 from schemas.metadata import Envelope
 from schemas.record import Record
 from streams.kafka import passes, reader_settings
@@ -161,7 +161,7 @@ class Tail:
         record = Record.from_message(message)
         try:
             return [Heard(self._codec.decode(record), record.timestamp_ms)]
-        except RegistryError as error:
+        except UnavailableError as error:
             # The bytes may be fine; they are read again when the registry answers.
             raise KafkaException(KafkaError(KafkaError._FAIL, str(error))) from error
         except SchemaError as error:

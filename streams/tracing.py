@@ -371,6 +371,7 @@ def _with_traceparent(metadata: Metadata, traceparent: str) -> Metadata:
         metadata.causation_id,
         metadata.correlation_id,
         traceparent,
+        metadata.data_subjects,
     )
 
 

@@ -1,6 +1,5 @@
 """Events about data subjects: sealed under all their subjects' keys, alike each time, unreadable when one is gone."""
 
-import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -40,26 +39,9 @@ from schemas.record import Header, Record
 from schemas.registry import Manifest
 from schemas.topics import MAX_MESSAGE_BYTES
 from schemas.upcasters import Upcasters
+from tests.support.keys import ADA, BOB, MemoryKeys
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
-ADA, BOB = f"ds-{1:032x}", f"ds-{2:032x}"
-
-
-class Keys:
-    """A key store in memory."""
-
-    def __init__(self) -> None:
-        self.keys: dict[str, bytes | None] = {name: hashlib.sha256(name.encode()).digest() for name in (ADA, BOB)}
-        self.asked = 0
-        self.away = False
-
-    def data_key(self, key_id: str) -> bytes | None:
-        self.asked += 1
-        if self.away:
-            raise KeyStoreError("away", retryable=True)
-        if key_id not in self.keys:
-            raise LookupError(f"there is no key {key_id}")
-        return self.keys[key_id]
 
 
 def meta(*subjects: str, event_id: str = "e1") -> Metadata:
@@ -117,11 +99,13 @@ def events(draw: st.DrawFn) -> tuple[Event, str]:
 @given(events(), st.sampled_from(((ADA,), (BOB,), (ADA, BOB))))
 def test_what_is_sealed_opens_whole_and_only_with_all_keys(made: tuple[Event, str], subjects: tuple[str, ...]) -> None:
     event, secret = made
-    keys = Keys()
+    keys = MemoryKeys()
     codec = Codec(cipher=SubjectCipher(keys))
     metadata = meta(*subjects)
     encoded = codec.encode(event, metadata)
-    assert encoded == Codec(cipher=SubjectCipher(Keys())).encode(event, metadata), "another process gives other bytes"
+    assert encoded == Codec(cipher=SubjectCipher(MemoryKeys())).encode(event, metadata), (
+        "another process gives other bytes"
+    )
     assert secret.encode() not in raw(encoded)
     assert codec.decode(record(encoded)) == Envelope(event, metadata)
 
@@ -135,7 +119,7 @@ def test_what_is_sealed_opens_whole_and_only_with_all_keys(made: tuple[Event, st
 
 def test_events_about_nobody_are_as_they_were() -> None:
     event = TaskSubmitted(task_id="t1", objective="o")
-    assert Codec(cipher=SubjectCipher(Keys())).encode(event, meta()) == Codec().encode(event, meta())
+    assert Codec(cipher=SubjectCipher(MemoryKeys())).encode(event, meta()) == Codec().encode(event, meta())
     # One that holds nothing personal needs no key, and is no less readable without one.
     gone = SubjectForgotten(key_id=ADA, requested_by="cli")
     encoded = Codec().encode(gone, meta(ADA))
@@ -143,7 +127,7 @@ def test_events_about_nobody_are_as_they_were() -> None:
 
 
 def test_a_seal_is_bound_to_its_record() -> None:
-    codec = Codec(cipher=SubjectCipher(Keys()))
+    codec = Codec(cipher=SubjectCipher(MemoryKeys()))
     task = TaskSubmitted(task_id="t1", objective="what does Ada earn")
     one, other = codec.encode(task, meta(ADA)), codec.encode(task, meta(ADA, event_id="e2"))
     high = codec.encode(task.model_copy(update={"submitted_by": "x"}), meta(ADA))
@@ -176,7 +160,7 @@ def test_a_seal_is_bound_to_its_record() -> None:
 
 @given(st.binary(max_size=80), st.binary(max_size=120))
 def test_hostile_headers_are_decode_errors(sealed: bytes, subjects: bytes) -> None:
-    codec = Codec(cipher=SubjectCipher(Keys()))
+    codec = Codec(cipher=SubjectCipher(MemoryKeys()))
     one = codec.encode(TaskSubmitted(task_id="t1", objective="o"), meta(ADA))
     for changed in ({"ce_sealed": sealed}, {"ce_datasubjects": subjects}):
         with pytest.raises(DecodeError):
@@ -198,7 +182,7 @@ def test_hostile_headers_are_decode_errors(sealed: bytes, subjects: bytes) -> No
 )
 def test_a_seal_that_holds_no_fields_is_refused(plain: bytes) -> None:
     """Whoever has the keys may still have made it wrong."""
-    cipher = SubjectCipher(Keys())
+    cipher = SubjectCipher(MemoryKeys())
     codec = Codec(cipher=cipher)
     one = codec.encode(TaskSubmitted(task_id="t1", objective="o"), meta(ADA))
     headers = dict(one.headers)
@@ -208,7 +192,7 @@ def test_a_seal_that_holds_no_fields_is_refused(plain: bytes) -> None:
 
 
 def test_keys_that_nobody_made_and_processes_without_any() -> None:
-    keys = Keys()
+    keys = MemoryKeys()
     one = Codec(cipher=SubjectCipher(keys)).encode(TaskSubmitted(task_id="t1", objective="o"), meta(ADA))
     del keys.keys[ADA]
     with pytest.raises(MalformedError, match="another key store"):
@@ -223,7 +207,7 @@ def test_keys_that_nobody_made_and_processes_without_any() -> None:
 
 
 def test_subjects_are_sorted_key_ids() -> None:
-    codec = Codec(cipher=SubjectCipher(Keys()))
+    codec = Codec(cipher=SubjectCipher(MemoryKeys()))
     for wrong in (("customer-42",), (BOB, ADA), (ADA, ADA), ("../kek",)):
         with pytest.raises(EncodeError, match="sorted key ids"):
             codec.encode(TaskSubmitted(task_id="t1", objective="o"), meta(*wrong))
@@ -234,7 +218,7 @@ def test_subjects_are_sorted_key_ids() -> None:
 
 
 def test_keys_are_remembered_for_a_while_only() -> None:
-    keys, now = Keys(), [0.0]
+    keys, now = MemoryKeys(), [0.0]
     cipher = SubjectCipher(keys, ttl_s=60, most=2, clock=lambda: now[0])
     sealed = cipher.seal((ADA,), (), b"x")
     assert cipher.open((ADA,), (), sealed) == b"x"
@@ -256,7 +240,7 @@ def test_keys_are_remembered_for_a_while_only() -> None:
 
 
 def test_a_store_that_is_away_stops_nobody_at_once() -> None:
-    keys, now = Keys(), [0.0]
+    keys, now = MemoryKeys(), [0.0]
     cipher = SubjectCipher(keys, ttl_s=60, clock=lambda: now[0])
     sealed = cipher.seal((ADA,), (), b"x")
     keys.away = True
@@ -270,7 +254,7 @@ def test_a_store_that_is_away_stops_nobody_at_once() -> None:
 
 
 def test_the_cache_has_a_bound() -> None:
-    keys = Keys()
+    keys = MemoryKeys()
     cipher = SubjectCipher(keys, most=2)
     for subjects in ((ADA,), (BOB,), (ADA, BOB), (ADA,)):
         cipher.seal(subjects, (), b"x")
@@ -278,7 +262,7 @@ def test_the_cache_has_a_bound() -> None:
 
 
 def test_size_caps_hold() -> None:
-    codec = Codec(cipher=SubjectCipher(Keys()))
+    codec = Codec(cipher=SubjectCipher(MemoryKeys()))
     half = TaskSubmitted(task_id="t1", objective="x" * (MAX_MESSAGE_BYTES - 20_000))
     assert codec.decode(record(codec.encode(half, meta(ADA)))).event == half
     with pytest.raises(EventTooLargeError):
@@ -303,7 +287,7 @@ def test_a_dead_letter_seals_its_error_alone() -> None:
         error_type="E",
         error="Ada is unknown",
     )
-    encoded = Codec(cipher=SubjectCipher(Keys())).encode(letter, meta(ADA))
+    encoded = Codec(cipher=SubjectCipher(MemoryKeys())).encode(letter, meta(ADA))
     assert len(raw(encoded)) < 101_000
     assert b"Ada" not in raw(encoded)
 
@@ -320,7 +304,7 @@ def test_sealed_events_of_older_schemas(rename: bool) -> None:
         room: str = ""
 
     before = parsed_schema(Visited)
-    keys = Keys()
+    keys = MemoryKeys()
     manifest = Manifest(()).with_schema(before)
     encoded = Codec(manifest=manifest, cipher=SubjectCipher(keys)).encode(Visited(place="home", room="7"), meta(ADA))
 

@@ -50,7 +50,7 @@ def test_what_is_no_state_is_refused(data: bytes) -> None:
 
 
 def test_a_later_version_asks_for_an_upgrade() -> None:
-    data = StateCodec(Model).dump(LaneState(Model(text="x"), NOW)).replace(b'"v":1', b'"v":2')
+    data = StateCodec(Model).dump(LaneState(Model(text="x"), NOW)).replace(b'"v":1', b'"v":3')
     with pytest.raises(StateError, match="upgrade"):
         StateCodec(Model).load(data)
 
@@ -132,7 +132,7 @@ def test_values_in_another_form_are_read_all_the_same() -> None:
     assert store.expire(6_000, busy=()) == ["lane"]
 
 
-@pytest.mark.parametrize("raw", [b"", b"{}", b'{"v":2,"now":1,"expires":null,"value":{"text":"x"}}'])
+@pytest.mark.parametrize("raw", [b"", b"{}", b'{"v":3,"now":1,"expires":null,"value":{"text":"x"}}'])
 def test_what_is_no_state_is_refused_before_any_event(raw: bytes) -> None:
     with pytest.raises(StateError, match="lane 'odd'"):
         StateStore(CODEC, {"odd": raw})
