@@ -106,18 +106,21 @@ def read_history(log: Log, id_: str, codec: Codec, *, on_progress: Progress | No
         UnknownTaskError: no record of a task or document has the id as its key.
         LogReadError: the log could not be read.
     """
+    held = frozenset(topic for topic, _ in log.spans())  # an archive need not hold all topics
     kind: Kind = "task"
-    found = _keyed(log, id_, codec, _topics("task_id"), on_progress)
+    found = _keyed(log, id_, codec, held & _topics("task_id"), on_progress)
     if all(entry.record.topic == _EFFECTS for entry in found):
         # Effects of documents have the same topic and a document's key.
-        found += _keyed(log, id_, codec, _topics("document_id"), on_progress)
+        found += _keyed(log, id_, codec, held & _topics("document_id"), on_progress)
         kind = "document"
     if not found:
         raise UnknownTaskError(
             f"the log holds no task {id_!r}, and no document of this id; "
             '`magnatronic query "select * from tasks"` lists tasks, `magnatronic trace --memory` documents'
         )
-    return TaskHistory(id_, kind, in_order([*found, *_beside(log, id_, found, codec)]))
+    return TaskHistory(
+        id_, kind, in_order([*found, *_beside(log, id_, found, codec, held & {_CONTROL, _DEAD_LETTERS})])
+    )
 
 
 def in_order(entries: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -138,15 +141,15 @@ def _topics(key: str) -> frozenset[str]:
 
 def _keyed(log: Log, id_: str, codec: Codec, topics: frozenset[str], on_progress: Progress | None) -> list[Entry]:
     selection = Selection(topics=topics, tasks=frozenset((id_,)))
-    batches = log.read(selection, on_progress=on_progress)
+    batches = log.read(selection, on_progress=on_progress) if topics else ()
     return [decoded(record, codec) for batch in batches for record in batch.records]
 
 
-def _beside(log: Log, id_: str, found: Sequence[Entry], codec: Codec) -> list[Entry]:
+def _beside(log: Log, id_: str, found: Sequence[Entry], codec: Codec, topics: frozenset[str]) -> list[Entry]:
     """What concerns the task under other keys: orders to stop, dead letters of its records, what became of them."""
     places = {(entry.record.topic, entry.record.partition, entry.record.offset) for entry in found}
     beside = []
-    for batch in log.read(Selection(topics=frozenset((_CONTROL, _DEAD_LETTERS)))):
+    for batch in log.read(Selection(topics=topics)) if topics else ():
         for record in batch.records:
             if record.topic == _CONTROL and dict(record.headers).get("ce_correlationid") != id_.encode():
                 continue
