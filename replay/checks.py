@@ -13,6 +13,7 @@ import orjson
 
 from agents.agent import Failure
 from replay.difference import Change, changes, text_diff, told
+from replay.evolution import is_same_by_older_schema
 from replay.findings import NOT_DECIDED, Finding, FindingKind, OutputCheck, record_hash
 from schemas.codec import Encoded
 from schemas.events import DeadLettered, Effect, LlmCalled
@@ -96,11 +97,9 @@ def _check(
     key = subject.encode()
     name = type(envelope.event).__name__
     recorded_hash = record_hash(record.topic, record.key, record.value, record.headers)
-    if (
-        record.value == encoded.value
-        and record.key == key
-        and record.topic == topic
-        and _decided(record.headers) == _decided(encoded.headers)
+    if (record.key == key and record.topic == topic) and (
+        (record.value == encoded.value and _decided(record.headers) == _decided(encoded.headers))
+        or is_same_by_older_schema(record, was, envelope, encoded)
     ):
         return OutputCheck(name, envelope.metadata.id, topic, recorded_hash, recorded_hash)
     found = _differences(topic, key, envelope, encoded, record, was)

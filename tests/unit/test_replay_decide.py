@@ -95,13 +95,12 @@ async def recorded_history(model: Model, first: int = 0) -> list[Record]:
         "state": None,
         "journal": journal,
     }
+    failure = None
     try:
         result = await run_step(agent, envelope, **where)
     except EffectFailedError as error:
         failure = failure_of(error)
         result = await run_failure(agent, envelope, failure, **where)
-    else:
-        failure = None
     everything = [envelope, *journal.performed, *result.outputs]
     records = [as_record(item, offset) for offset, item in enumerate(everything, first)]
     if failure is not None:
@@ -266,10 +265,11 @@ async def test_a_changed_byte_of_an_effect_that_decides_nothing_contradicts_the_
 
 async def test_a_removed_effect_is_found() -> None:
     records = await recorded_history(Model())
-    (missing, output) = (await replay([records[0], records[2]], Planner())).findings
+    decided = await replay([records[0], records[2]], Planner())
+    (missing,) = decided.findings
     assert (missing.kind, missing.field) == (FindingKind.EFFECT_MISSING, "request")
     assert "asks for LlmCalled, which is not recorded" in missing.message
-    assert output.kind is FindingKind.OUTPUT_UNEXPECTED
+    assert decided.steps[0].outputs[0].redecided_hash is None
 
 
 async def test_a_changed_prompt_is_found_and_held_against_the_recorded_one() -> None:

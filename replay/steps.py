@@ -1,0 +1,407 @@
+"""The steps of one record key, decided one after another as the processor did.
+
+In: the key's records in order, and :class:`Shared`, what all keys have in common. Out: steps with their verdicts, the
+states of the lanes, and outputs for other keys. A lane whose state is not known any more is not decided further.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol
+
+from agents.agent import Agent, Failure
+from agents.errors import NondeterminismError
+from agents.step import LaneState, StepResult, begin_step, concerns, failure_of, lane_of, run_failure
+from replay.attempt import Attempt, ReplayJournal, stability_faults
+from replay.checks import Report, compare_outputs, effect_faults, letter_faults, recorded_checks, unrecorded
+from replay.difference import text_diff
+from replay.findings import DecidedStep, Finding, FindingKind, OutputCheck, Sent, Verdict
+from replay.guard import Guard
+from replay.recorded import Left, Recorded, redriven_for, version_of
+from schemas.codec import Codec
+from schemas.events import DeadLettered, Effect, Event, Priority, TimerFired
+from schemas.metadata import Envelope, deterministic_id
+from schemas.record import Record
+from schemas.topics import key_of, priority_of, topic_name
+
+__all__ = ["KeySteps", "Shared", "Station"]
+
+_NOT_REENACTED: Final = frozenset({"ProcessCrashed", "HandlerHung"})
+"""Failures that came upon the handler from outside."""
+_OF_ITS_PLACE: Final = frozenset({"EncodeError", "EventTooLargeError", "EventTooLarge", "MissingPortError"})
+"""Failures for which the process, or a size that is no part of the decision, was the reason."""
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+Lane = tuple[str, str, int, str]
+"""Agent, topic, partition, lane."""
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """An agent and the topics that it reads."""
+
+    agent: Agent[Any]
+    topics: frozenset[str]
+
+    def handles(self, record: Record, event: Event) -> bool:
+        """Whether the agent handles the record: it is in one of its topics, of a type that it consumes, no other
+        agent's timer, and not sent again for another agent.
+        """
+        return (
+            record.topic in self.topics
+            and concerns(self.agent, event)
+            and redriven_for(record) in ("", self.agent.name)
+        )
+
+
+class Shared(Protocol):
+    """What the keys of an audit have in common."""
+
+    codec: Codec
+    guard: Guard | None
+
+    def version(self, agent: Agent[Any], source: str) -> Agent[Any]:
+        """The agent that makes the decisions of ``source``, under that name: a new version is no difference."""
+
+    def finished(self, agent: str, record: Record) -> bool | None:
+        """Whether the agent's group says that the record is done with; None where nothing is known of the group."""
+
+    def gone(self, topic: str, record: Record) -> bool:
+        """Whether the topic may have deleted what came of the record."""
+
+
+@dataclass(slots=True)
+class Step:
+    station: Station
+    record: Record
+    envelope: Envelope
+    lane: str | None
+    error: str
+    number: int
+    more: bool = False
+
+
+class KeySteps:
+    """The records of one key while they are decided."""
+
+    def __init__(self, deciding: Shared, history: Sequence[tuple[Record, Envelope]]) -> None:
+        self._deciding = deciding
+        self._history = history
+        self._plan: list[Step] = []
+        self.recorded = Recorded(history)
+        self.known = {envelope.metadata.id for _, envelope in history}
+        self.steps: list[DecidedStep] = []
+        self.states: dict[Lane, LaneState | None] = {}
+        self.sent: list[Sent] = []
+        self._timers: set[str] = set()
+        """The ids that TimerFired have for timers that were set so far, decided now."""
+        self._blocked: dict[Lane, Verdict] = {}
+        """Lanes whose state is not known any more, and why."""
+
+    def plan(self, by_topic: Mapping[str, Sequence[Station]]) -> list[Step]:
+        """Every handling of the history, in order."""
+        steps = self._plan
+        for record, envelope in self._history:
+            for station in by_topic.get(record.topic, ()):
+                if station.handles(record, envelope.event):
+                    lane, error = None, ""
+                    try:
+                        lane = lane_of(station.agent, envelope.event)
+                    except Exception as raised:  # noqa: BLE001 - whatever it was, the event has no lane
+                        error = type(raised).__name__
+                    steps.append(Step(station, record, envelope, lane, error, len(steps)))
+        names = [(step.station.agent.name, step.envelope.metadata.id) for step in steps]
+        if len(set(names)) < len(names):
+            left = Counter(names)
+            for name, step in zip(names, steps, strict=True):
+                left[name] -= 1
+                step.more = left[name] > 0
+        return steps
+
+    async def step(self, step: Step) -> None:
+        """Decide one of them."""
+        agent, record, envelope = step.station.agent, step.record, step.envelope
+        left = self.recorded.take(agent.name, envelope.metadata.id, record, more=step.more)
+        if step.lane is None:
+            self._unreadable(step, left)
+            return
+        lane: Lane = (agent.name, record.topic, record.partition, step.lane)
+        before = self.states.get(lane)
+        verdict = self._undecided(step, left, lane)
+        if verdict is not None:
+            self._leave(step, left, agent, before, before, None, verdict=verdict)
+            return
+        agent = self._deciding.version(agent, left.source)
+        report = self._report(step)
+        attempt = await self._attempt(agent, record, envelope, before, left)
+        again = None
+        if self._deciding.guard is not None:
+            again = await self._attempt(agent, record, envelope, before, left, second=True)
+        unstable = [] if again is None else list(stability_faults(attempt, again, report))
+        if not left.ended and self._may_be_open(step, attempt):
+            self._blocked[lane] = Verdict.OPEN
+            self._leave(step, left, agent, before, before, None, findings=unstable, verdict=Verdict.OPEN)
+            return
+        findings = [finding for item in left.effects for finding in effect_faults(*item, report)]
+        findings += self._faults(attempt, left, record, report)
+        findings += unstable
+        findings += self._timer(step, report)
+        if attempt.fault is not None:
+            self._blocked[lane] = Verdict.OPEN
+            checks = [replace(check, redecided_hash=None) for check in recorded_checks(left.outputs)]
+            self._leave(step, left, agent, before, before, None, checks=checks, findings=findings)
+            return
+        outcome = compare_outputs(
+            attempt.encoded,
+            left.outputs,
+            envelope.metadata.subject or key_of(envelope.event),
+            report,
+            lambda topic: self._deciding.gone(topic, record),
+        )
+        refused = left.letter is not None and left.letter[0].error_type == "OutputRefused"
+        findings += [each for each in outcome.findings if not (refused and each.kind is FindingKind.OUTPUT_MISSING)]
+        known = [item for item in outcome.sent if item[0].event_id not in self.known]
+        self.sent += [Sent(check, missing, len(self.steps)) for check, missing in known if not refused]
+        result = attempt.result
+        assert result is not None
+        self._timers.update(_timer_ids(agent, envelope, step.lane, result))
+        self._leave(step, left, agent, before, result.state, result, checks=outcome.checks, findings=findings)
+
+    def _undecided(self, step: Step, left: Left, lane: Lane) -> Verdict | None:
+        """Why the step is not to be decided; None when it is."""
+        if (blocked := self._blocked.get(lane)) is not None:
+            return blocked
+        if left.cancelled is not None:
+            return Verdict.CANCELLED
+        items = [step.envelope, *(item[1] for item in (*left.effects, *left.outputs))]
+        if any(getattr(item, "erased", False) for item in items):
+            self._blocked[lane] = Verdict.ERASED
+            return Verdict.ERASED
+        if not left.ended and self._deciding.finished(lane[0], step.record) is False and not self._followed(step):
+            self._blocked[lane] = Verdict.OPEN
+            return Verdict.OPEN
+        return None
+
+    def _may_be_open(self, step: Step, attempt: Attempt) -> bool:
+        """Whether the step, which left no sign of its end, may have none yet."""
+        if attempt.failure is not None and attempt.failure.retryable:
+            # It waits for another attempt, and its lane behind it: their offsets are finished all the same.
+            return not self._followed(step)
+        if self._deciding.finished(step.station.agent.name, step.record) is not None:
+            return False
+        return bool(attempt.encoded or attempt.failure or attempt.fault) and not self._followed(step)
+
+    def _followed(self, step: Step) -> bool:
+        """Whether a later event of the lane came to its end: then this one did so before it."""
+        name, record = step.station.agent.name, step.record
+        return any(
+            later.lane == step.lane
+            and later.station is step.station
+            and (later.record.topic, later.record.partition) == (record.topic, record.partition)
+            and self.recorded.shows_end(name, later.envelope.metadata.id, later.record)
+            for later in self._plan[step.number + 1 :]
+        )
+
+    def _unreadable(self, step: Step, left: Left) -> None:
+        """An event without a lane: its dead letter is all that it left."""
+        agent, record, findings = step.station.agent, step.record, []
+        report = self._report(step)
+        if left.letter is None and self._deciding.finished(agent.name, record):
+            message = f"the event has no lane ({step.error}); no dead letter tells of it"
+            findings.append(report(FindingKind.LETTER_MISSING, message))
+        elif left.letter is not None and left.letter[0].error_type != step.error:
+            old, new = left.letter[0].error_type, step.error
+            message = "its dead letter has another error_type"
+            findings.append(report(FindingKind.LETTER_DIFFERS, message, "error_type", text_diff(old, new)))
+        verdict = Verdict.UNREADABLE if left.letter is not None else Verdict.OPEN
+        self._leave(step, left, agent, None, None, None, findings=findings, verdict=verdict)
+
+    async def _attempt(
+        self,
+        agent: Agent[Any],
+        record: Record,
+        envelope: Envelope,
+        state: LaneState | None,
+        left: Left,
+        *,
+        second: bool = False,
+    ) -> Attempt:
+        """Run the handler with what was recorded and, when it fails, its on_failure, as the processor does."""
+        guard = self._deciding.guard
+        if guard is not None:
+            guard.begin(second=second)
+        try:
+            attempt = await self._run(agent, record, envelope, state, left)
+        finally:
+            uses = () if guard is None else guard.end()
+        attempt.uses = uses
+        return attempt
+
+    async def _run(
+        self, agent: Agent[Any], record: Record, envelope: Envelope, state: LaneState | None, left: Left
+    ) -> Attempt:
+        metadata = envelope.metadata
+        journal = ReplayJournal(
+            agent=agent.name,
+            source=agent.source,
+            key=metadata.subject or key_of(envelope.event),
+            cause=metadata,
+            recorded=[item[1].event for item in left.effects if isinstance(item[1].event, Effect)],
+            replaying=True,
+        )
+        attempt = Attempt(journal)
+        letter = None if left.letter is None else left.letter[0]
+        priority = priority_of(record.topic)
+        try:
+            if letter is not None and letter.error_type in _NOT_REENACTED:
+                attempt.failure = _told(letter)
+            else:
+                step = begin_step(agent, envelope, journal, state, record.timestamp_ms, priority)
+                attempt.result = step if isinstance(step, StepResult) else await step.finish()
+                self._encode(attempt, priority)
+                if letter is not None and letter.error_type in _OF_ITS_PLACE:
+                    attempt.failure = _told(letter)
+        except NondeterminismError as error:
+            if letter is not None and letter.error_type in (*_OF_ITS_PLACE, NondeterminismError.__name__):
+                attempt.failure = _told(letter)
+            else:
+                attempt.result, attempt.fault = None, error
+        except Exception as error:  # noqa: BLE001 - the live processor took it for the step's failure, whatever it was
+            attempt.failure = failure_of(error)
+        if attempt.failure is not None:
+            await self._fail(agent, record, envelope, state, attempt, attempt.failure)
+        return attempt
+
+    async def _fail(
+        self,
+        agent: Agent[Any],
+        record: Record,
+        envelope: Envelope,
+        state: LaneState | None,
+        attempt: Attempt,
+        failure: Failure,
+    ) -> None:
+        attempt.error, attempt.encoded = failure.message, []
+        attempt.result = StepResult((), state, state_changed=False)
+        priority = priority_of(record.topic)
+        try:
+            attempt.result = await run_failure(
+                agent,
+                envelope,
+                failure,
+                timestamp_ms=record.timestamp_ms,
+                priority=priority,
+                state=state,
+                journal=attempt.journal,
+            )
+            self._encode(attempt, priority)
+        except NondeterminismError as error:
+            attempt.result, attempt.fault = None, error
+        except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
+            attempt.result, attempt.encoded = StepResult((), state, state_changed=False), []
+            attempt.error = f"{failure.message}; then on_failure failed with {type(second).__name__}: {second}"
+
+    def _encode(self, attempt: Attempt, priority: Priority) -> None:
+        assert attempt.result is not None
+        encode = self._deciding.codec.encode
+        attempt.encoded = [
+            (topic_name(output.event, priority), output, encode(output.event, output.metadata))
+            for output in attempt.result.outputs
+        ]
+
+    def _faults(self, attempt: Attempt, left: Left, record: Record, report: Report) -> list[Finding]:
+        """What is wrong with the attempt but for its outputs."""
+        letter = None if left.letter is None else left.letter[0]
+        if (fault := attempt.fault) is not None:
+            asked = attempt.journal.unrecorded
+            if asked is None:
+                return [] if attempt.uses else [report(FindingKind.NONDETERMINISM, str(fault))]
+            unasked = set(attempt.journal.unasked())
+            effects = [item[1].event for item in left.effects if isinstance(item[1].event, Effect)]
+            others = [each for each in effects if f"{type(each).__name__} {each.request_hash[:12]}" in unasked]
+            name = asked.effect_type.__name__
+            return [unrecorded(name, asked.text, asked.scope, asked.occurrence, others, report)]
+        findings = list(letter_faults(letter, attempt.failure, attempt.error, record, report))
+        if letter is None or letter.error_type not in _NOT_REENACTED:
+            findings += [
+                report(FindingKind.EFFECT_UNASKED, f"it is recorded, but not asked for any more: {unasked}")
+                for unasked in attempt.journal.unasked()
+            ]
+        return findings
+
+    def _timer(self, step: Step, report: Report) -> list[Finding]:
+        event = step.envelope.event
+        if type(event) is not TimerFired or step.envelope.metadata.id in self._timers:
+            return []
+        message = f"the timer {event.timer!r} that fired was not set by any step decided again"
+        return [report(FindingKind.TIMER, message, "timer")]
+
+    def _report(self, step: Step) -> Report:
+        record, envelope = step.record, step.envelope
+        at = (
+            step.station.agent.name,
+            envelope.metadata.id,
+            type(envelope.event).__name__,
+            record.topic,
+            record.partition,
+            record.offset,
+        )
+
+        def report(kind: FindingKind, message: str, field: str = "", diff: str = "") -> Finding:
+            return Finding(kind, *at, field, message, diff)
+
+        return report
+
+    def _leave(
+        self,
+        step: Step,
+        left: Left,
+        agent: Agent[Any],
+        before: LaneState | None,
+        after: LaneState | None,
+        result: StepResult | None,
+        *,
+        checks: Sequence[OutputCheck] = (),
+        findings: Sequence[Finding] = (),
+        verdict: Verdict | None = None,
+    ) -> None:
+        record = step.record
+        if step.lane is not None:
+            self.states[agent.name, record.topic, record.partition, step.lane] = after
+        if verdict is None or findings:
+            verdict = Verdict.DIFFERS if findings else Verdict.SAME
+        elif not checks:
+            checks = recorded_checks(left.outputs)
+        effects = tuple(item[1].event for item in left.effects if isinstance(item[1].event, Effect))
+        version = version_of(left.source) or agent.version
+        self.steps.append(
+            DecidedStep(
+                agent.name,
+                version,
+                record,
+                step.envelope,
+                effects,
+                before,
+                after,
+                result,
+                tuple(checks),
+                tuple(findings),
+                verdict,
+            )
+        )
+
+
+def _told(letter: DeadLettered) -> Failure:
+    """The failure that the dead letter tells of; these are never retryable."""
+    return Failure(letter.error_type, letter.error.partition("; then on_failure ")[0], retryable=False)
+
+
+def _timer_ids(agent: Agent[Any], envelope: Envelope, lane: str, result: StepResult) -> list[str]:
+    cause = envelope.metadata.id
+    return [
+        deterministic_id(cause, agent.name, "timer", lane, timer.name, (timer.due - _EPOCH) // _MICROSECOND)
+        for timer in result.timers
+        if timer.due is not None
+    ]
