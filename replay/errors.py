@@ -8,7 +8,8 @@ ReplayError
 │       ├── ArchiveGapError      retention deleted what was to be archived
 │       └── ArchiveBusyError     another process writes it
 ├── PinnedFileError         a golden history's file can't be read, is none, or may not be written
-├── UnknownTaskError        no record carries the task's id
+├── UnknownIdError          no record is about what was asked for
+│   └── UnknownTaskError    no record carries the task's id
 ├── WhatIfError             a what-if can't be run, or not gone on with
 └── OpenTaskError           the task has no outcome yet, so its history is not complete
 """
@@ -23,6 +24,7 @@ __all__ = [
     "OpenTaskError",
     "PinnedFileError",
     "ReplayError",
+    "UnknownIdError",
     "UnknownTaskError",
     "WhatIfError",
 ]
@@ -60,7 +62,11 @@ class PinnedFileError(ReplayError):
     """The file of a golden history is wrong, or in the way."""
 
 
-class UnknownTaskError(ReplayError):
+class UnknownIdError(ReplayError):
+    """No record in the log is about what was asked for."""
+
+
+class UnknownTaskError(UnknownIdError):
     """No record in the log carries the task's id."""
 
 
