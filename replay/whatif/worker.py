@@ -1,0 +1,405 @@
+"""Decides single steps for a what-if: in this process, or as a program that runs the code of another revision.
+
+In: an event, its lane's state and the effects that are known, from a simulation. Out: what the agent decides, or the
+calls that it waits for and that nobody has answered; the simulation finds the answers, and the step is decided anew
+with them. Nothing is ever performed here. As a program it is this file alone that runs, on the ``schemas`` and
+``agents`` of the revision that PYTHONPATH names: it keeps to what these have had for long, and says what they lack.
+Frames on standard input and output are four bytes of length, then JSON.
+"""
+
+import asyncio
+import base64
+import importlib
+import inspect
+import json
+import pkgutil
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, BinaryIO
+
+from agents.agent import Agent, Failure
+from agents.errors import NondeterminismError
+from agents.handler_loop import of_thread
+from agents.journal import Journal, Request
+from agents.step import LaneState, StepResult, concerns, failure_of, lane_of, run_failure, run_step
+from schemas.codec import Codec
+from schemas.events import Effect, LlmCalled, Priority, ToolStarted, Waited
+from schemas.metadata import Envelope, canonical_json
+from schemas.record import Record
+from schemas.topics import key_of
+
+__all__ = ["PROTOCOL", "Ask", "Decision", "Encoded", "Want", "decide", "find_agents", "read_frame", "write_frame"]
+
+PROTOCOL = 1
+"""Of the frames; both sides say theirs first."""
+
+Identity = tuple[str, str, str, int]
+Encoded = tuple[bytes, list[tuple[str, bytes]]]
+"""Value and headers, as the codec wrote them."""
+
+_LENGTH = struct.Struct(">I")
+_NO_CALLS = (ToolStarted, Waited)
+_MARKED = "ChangeMarked"
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A call that nobody has answered yet: its identity, and the request's canonical JSON."""
+
+    kind: str
+    scope: str
+    hashed: str
+    occurrence: int
+    text: str
+
+    @property
+    def identity(self) -> Identity:
+        """What the call is known by within its event."""
+        return self.kind, self.scope, self.hashed, self.occurrence
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A step to be decided.
+
+    ``record`` holds the event of ``envelope``. ``state`` is the lane's, as the last decision left it. ``effects`` are
+    the answers that are known. ``version`` is whose decisions are asked for, empty for the code as it is. ``rewrite``
+    are fields of language model requests with other values. ``changed`` says whether changes that handlers ask about
+    (``ctx.changed``) apply where nothing is recorded. With ``failure`` the handler is known to give up with it, and
+    ``on_failure`` decides; ``crashed`` means that it came upon the handler from outside, so that it is not run at all.
+    """
+
+    agent: str
+    record: Record
+    envelope: Envelope
+    priority: Priority
+    state: Any
+    effects: tuple[Effect, ...] = ()
+    version: str = ""
+    rewrite: Mapping[str, Any] = field(default_factory=dict)
+    changed: bool = False
+    failure: Failure | None = None
+    crashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What came of a step: a result with its outputs encoded, calls that are wanted first, or a failure.
+
+    ``unasked`` are effects that were given and not asked for. ``busy_ms`` is how long the calls took, side by side as
+    the handler made them, up to where it decided or waits.
+    """
+
+    result: StepResult | None = None
+    encoded: tuple[Encoded, ...] = ()
+    wants: tuple[Want, ...] = ()
+    failure: Failure | None = None
+    unasked: tuple[Identity, ...] = ()
+    busy_ms: float = 0.0
+
+
+class _Journal(Journal):
+    """Answers from what is known, and notes what is not."""
+
+    def __init__(self, ask: Ask, **options: Any) -> None:
+        super().__init__(**options)
+        self._rewrite = ask.rewrite
+        self._apply_changes = ask.changed
+        self._starts: dict[Request, float] = {}
+        self.wants: dict[Request, Want] = {}
+        self.clock = 0.0
+        """Milliseconds that the calls answered so far took, side by side."""
+
+    async def ask(self, request: Request, effect_type: Any) -> Any:
+        kind = effect_type.__name__
+        if self._rewrite and effect_type is LlmCalled:
+            request.text = canonical_json({**json.loads(request.text), **self._rewrite})
+            request.hashed = sha256(request.text.encode()).hexdigest()
+        self._starts[request] = self.clock
+        occurrence = (self._occurrences or {}).get((kind, request.scope, request.hashed), 0)
+        if (kind, request.scope, request.hashed, occurrence) in self._recorded:
+            return await super().ask(request, effect_type)
+        request.occurrence = self._occurrence(kind, request.scope, request.hashed)
+        self.wants[request] = Want(kind, request.scope, request.hashed, occurrence, request.text)
+        turns: Any = of_thread.loop.owner
+        return await turns.ask(request)  # never answered in this run
+
+    def settle(self, request: Request) -> Effect:
+        effect = super().settle(request)
+        self.clock = max(self.clock, self._starts.get(request, 0.0) + effect.latency_ms)
+        return effect
+
+    def abandon(self, request: Request) -> None:
+        super().abandon(request)
+        self.wants.pop(request, None)
+
+    def changed(self, change: str) -> bool:
+        if not self._apply_changes:
+            return super().changed(change)
+        text = canonical_json({"change": change})
+        marked: Any = self._recorded.get((_MARKED, "", sha256(text.encode()).hexdigest(), 0))
+        return True if marked is None else bool(marked.taken)
+
+    def unused(self) -> tuple[Identity, ...]:
+        asked = self._occurrences or {}
+        return tuple(
+            identity
+            for identity, effect in self._recorded.items()
+            if effect.attempt == self._attempt
+            and not isinstance(effect, _NO_CALLS)
+            and identity[0] != _MARKED
+            and identity[3] >= asked.get(identity[:3], 0)
+        )
+
+
+async def decide(agent: Agent[Any], ask: Ask, codec: Codec) -> Decision:
+    """What ``agent`` makes of the step, or waits for."""
+    envelope = ask.envelope
+    journal = _Journal(
+        ask,
+        agent=agent.name,
+        source=agent.source,
+        key=envelope.metadata.subject or key_of(envelope.event),
+        cause=envelope.metadata,
+        recorded=ask.effects,
+        replaying=True,
+    )
+    where: dict[str, Any] = {
+        "timestamp_ms": ask.record.timestamp_ms,
+        "priority": ask.priority,
+        "state": ask.state,
+        "journal": journal,
+    }
+    try:
+        if not ask.crashed:
+            try:
+                return _decided(await run_step(agent, envelope, **where), journal, codec)
+            except NondeterminismError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a handler raises is its event's failure
+                if ask.failure is None:
+                    return Decision(failure=failure_of(error), unasked=journal.unused(), busy_ms=journal.clock)
+        assert ask.failure is not None
+        try:
+            return _decided(await run_failure(agent, envelope, ask.failure, **where), journal, codec)
+        except NondeterminismError:
+            raise
+        except Exception:  # noqa: BLE001 - as live: an agent that can't say what failed says nothing
+            nothing = StepResult((), ask.state, state_changed=False)
+            return Decision(nothing, unasked=journal.unused(), busy_ms=journal.clock)
+    except NondeterminismError as error:
+        if journal.wants:
+            wants = tuple(journal.wants.values())
+            return Decision(wants=wants, unasked=journal.unused(), busy_ms=journal.clock)
+        return Decision(failure=Failure(type(error).__name__, str(error), retryable=False), busy_ms=journal.clock)
+
+
+def _decided(result: StepResult, journal: _Journal, codec: Codec) -> Decision:
+    encoded = []
+    for output in result.outputs:
+        value, headers = codec.encode(output.event, output.metadata)
+        encoded.append((value, headers))
+    return Decision(result, tuple(encoded), unasked=journal.unused(), busy_ms=journal.clock)
+
+
+# The program.
+
+
+def find_agents(names: Sequence[str], prompts: Mapping[str, str]) -> dict[str, Agent[Any]]:
+    """The agents of this code that are called ``names``, asking by ``prompts`` where some are given.
+
+    Raises:
+        LookupError: the code lacks one of them, or has no prompts that could be changed.
+    """
+    kinds: list[type[Agent[Any]]] = []
+    package = importlib.import_module("agents")
+    older: set[type] = set()
+    for module in pkgutil.iter_modules(package.__path__, "agents."):
+        if module.ispkg:
+            continue
+        for kind in vars(importlib.import_module(module.name)).values():
+            if not (isinstance(kind, type) and issubclass(kind, Agent) and kind.__module__ == module.name):
+                continue
+            older.update(getattr(kind, "predecessors", {}).values(), kind.__mro__[1:])
+            if getattr(kind, "name", None) in names and not inspect.isabstract(kind):
+                kinds.append(kind)
+    found = {kind.name: kind for kind in kinds if kind not in older}
+    if missing := sorted(set(names) - found.keys()):
+        raise LookupError(f"it has no agent {', '.join(missing)}")
+    given: dict[str, Any] = {}
+    if prompts:
+        try:
+            given["prompts"] = importlib.import_module("agents.prompts").PROMPTS.with_texts(dict(prompts))
+        except ModuleNotFoundError:
+            raise LookupError("its agents have no prompts by name (agents/prompts.py)") from None
+    return {
+        name: kind(**{key: given[key] for key in inspect.signature(kind).parameters if key in given})
+        for name, kind in found.items()
+    }
+
+
+def read_frame(stream: BinaryIO) -> Any:
+    """The next frame's JSON; None at the end."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    return json.loads(stream.read(_LENGTH.unpack(head)[0]))
+
+
+def write_frame(stream: BinaryIO, value: Any) -> None:
+    """Write one frame."""
+    raw = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    stream.write(_LENGTH.pack(len(raw)) + raw)
+    stream.flush()
+
+
+def _record(told: Mapping[str, Any]) -> Record:
+    headers = [(name, None if value is None else base64.b64decode(value)) for name, value in told["headers"]]
+    value, key = base64.b64decode(told["value"]), told["key"]
+    return Record(told["topic"], told["partition"], told["offset"], told["timestamp_ms"], key.encode(), value, headers)
+
+
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
+
+
+class _Program:
+    """Answers the frames of one simulation."""
+
+    def __init__(self, names: Sequence[str], prompts: Mapping[str, str]) -> None:
+        self._codec = Codec()
+        self._agents = find_agents(names, prompts)
+
+    def hello(self) -> dict[str, Any]:
+        return {"protocol": PROTOCOL, "agents": {name: agent.version for name, agent in self._agents.items()}}
+
+    def lanes(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        event = self._codec.decode(_record(told["record"])).event
+        lanes = {}
+        for name, agent in self._agents.items():
+            if concerns(agent, event):
+                try:
+                    lanes[name] = lane_of(agent, event)
+                except Exception:  # noqa: BLE001 - without a lane the event is no agent's, as live
+                    continue
+        return {"lanes": lanes}
+
+    async def decide(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        agent = self._agents[told["agent"]]
+        record = _record(told["record"])
+        effects = [self._codec.decode(_record(each)).event for each in told["effects"]]
+        failure = told["failure"]
+        ask = Ask(
+            agent=agent.name,
+            record=record,
+            envelope=self._codec.decode(record),
+            priority=Priority(told["priority"]),
+            state=self._state(agent, told["state"]),
+            effects=tuple(effect for effect in effects if isinstance(effect, Effect)),
+            rewrite=told["rewrite"],
+            changed=told["changed"],
+            failure=None if failure is None else Failure(*failure),
+            crashed=told["crashed"],
+        )
+        return self._told(await decide(agent, ask, self._codec))
+
+    @staticmethod
+    def _state(agent: Agent[Any], told: Any) -> LaneState | None:
+        if told is None:
+            return None
+        if agent.state_type is None:
+            raise LookupError(f"its {agent.name} keeps no state")
+        value = agent.state_type.model_validate_json(told["value"])
+        now = _time(told["now"])
+        assert now is not None
+        return LaneState(value, now, _time(told["expires_at"]))
+
+    @staticmethod
+    def _told(decision: Decision) -> dict[str, Any]:
+        result, failure = decision.result, decision.failure
+        told: dict[str, Any] = {
+            "wants": [[want.kind, want.scope, want.hashed, want.occurrence, want.text] for want in decision.wants],
+            "failure": None if failure is None else [failure.error_type, failure.message, failure.retryable],
+            "unasked": [list(identity) for identity in decision.unasked],
+            "busy_ms": decision.busy_ms,
+            "result": None,
+        }
+        if result is not None:
+            state = result.state
+            told["result"] = {
+                "outputs": [
+                    [
+                        output.metadata.subject,
+                        base64.b64encode(value).decode(),
+                        [[name, base64.b64encode(content).decode()] for name, content in headers],
+                    ]
+                    for output, (value, headers) in zip(result.outputs, decision.encoded, strict=True)
+                ],
+                "state": None
+                if state is None
+                else {
+                    "value": state.value.model_dump_json(),
+                    "now": state.now.isoformat(),
+                    "expires_at": None if state.expires_at is None else state.expires_at.isoformat(),
+                },
+                "state_changed": result.state_changed,
+                "timers": [
+                    [timer.name, None if timer.due is None else timer.due.isoformat()] for timer in result.timers
+                ],
+            }
+        return told
+
+
+_REFUSED = (
+    "os.exec",
+    "os.posix_spawn",
+    "os.system",
+    "socket.bind",
+    "socket.connect",
+    "socket.sendto",
+    "subprocess.Popen",
+)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """Code of any revision is held to what handlers may do: nothing outside."""
+    if event in _REFUSED:
+        raise PermissionError(f"code in a what-if tried {event}; it may reach outside only through ctx")
+
+
+async def _serve(program: _Program, stdin: BinaryIO, stdout: BinaryIO) -> None:
+    while (told := read_frame(stdin)) is not None:
+        try:
+            answer = program.lanes(told) if told["op"] == "lanes" else await program.decide(told)
+        except Exception as error:  # noqa: BLE001 - told to the simulation, whose user can make something of it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        write_frame(stdout, answer)
+
+
+def main() -> int:
+    """Say hello, then answer frames until standard input ends."""
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # what the code prints must not get between the frames
+    told = read_frame(stdin)
+    try:
+        program = _Program(told["agents"], told["prompts"])
+        hello = program.hello()
+    except Exception as error:  # noqa: BLE001 - told to the simulation
+        write_frame(stdout, {"error": f"{type(error).__name__}: {error}"})
+        return 1
+    write_frame(stdout, hello)
+    loop = asyncio.new_event_loop()  # before the network is shut: it has a socket pair of its own
+    sys.addaudithook(_refuse)
+    try:
+        loop.run_until_complete(_serve(program, stdin, stdout))
+    finally:
+        loop.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
