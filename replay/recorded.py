@@ -97,10 +97,13 @@ class Recorded:
         self._cancelled: dict[tuple[str, str], Envelope] = {}
         self._fired: set[tuple[str, str]] = set()
         self._redriven: dict[tuple[str, str], list[int]] = {}
+        self.first_source: dict[str, str] = {}
+        """By agent, the source of the first output or effect that it left."""
         for record, envelope in history:
             event, metadata = envelope.event, envelope.metadata
             if isinstance(event, Effect):
                 self._effects[event.agent, event.event_id].append((record, envelope))
+                self.first_source.setdefault(event.agent, metadata.source)
             elif agent := redriven_for(record):
                 self._redriven.setdefault((agent, metadata.id), []).append(record.timestamp_ms)
             elif isinstance(event, DeadLettered):
@@ -112,6 +115,7 @@ class Recorded:
                 self._fired.add((event.agent, metadata.causation_id))
             elif metadata.causation_id and (agent := agent_of(metadata.source)):
                 self._outputs[agent, metadata.causation_id].append((record, envelope))
+                self.first_source.setdefault(agent, metadata.source)
 
     def shows_end(self, agent: str, event_id: str, record: Record) -> bool:
         """Whether anything not taken yet shows that the agent has come to an end with the record."""

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from agents.agent import Agent, Failure
 from agents.errors import NondeterminismError
-from agents.step import LaneState, StepResult, begin_step, concerns, failure_of, lane_of, run_failure
+from agents.step import LaneState, StepResult, begin_step, concerns, failure_of, lane_of, run_failure, state_for
 from replay.attempt import Attempt, ReplayJournal, stability_faults
 from replay.checks import Report, compare_outputs, effect_faults, letter_faults, recorded_checks, unrecorded
 from replay.difference import text_diff
@@ -51,9 +51,14 @@ class Station:
         """
         return (
             record.topic in self.topics
-            and concerns(self.agent, event)
+            and (concerns(self.agent, event) or self._concerned(event))
             and redriven_for(record) in ("", self.agent.name)
         )
+
+    def _concerned(self, event: Event) -> bool:
+        """Whether an older version consumed the event."""
+        older = self.agent.predecessors
+        return bool(older) and any(concerns(self.agent.at_version(version), event) for version in older)
 
 
 class Shared(Protocol):
@@ -99,6 +104,8 @@ class KeySteps:
         """The ids that TimerFired have for timers that were set so far, decided now."""
         self._blocked: dict[Lane, Verdict] = {}
         """Lanes whose state is not known any more, and why."""
+        self._sources: dict[tuple[Any, ...], str] = {}
+        """Who decided last, by lane and by agent and partition."""
 
     def plan(self, by_topic: Mapping[str, Sequence[Station]]) -> list[Step]:
         """Every handling of the history, in order."""
@@ -133,7 +140,10 @@ class KeySteps:
         if verdict is not None:
             self._leave(step, left, agent, before, before, None, verdict=verdict)
             return
-        agent = self._deciding.version(agent, left.source)
+        agent = self._deciding.version(agent, self._source(left, lane))
+        if not concerns(agent, envelope.event):
+            return  # another version consumes it
+        before = state_for(agent, before)
         report = self._report(step)
         attempt = await self._attempt(agent, record, envelope, before, left)
         again = None
@@ -168,6 +178,17 @@ class KeySteps:
         assert result is not None
         self._timers.update(_timer_ids(agent, envelope, step.lane, result))
         self._leave(step, left, agent, before, result.state, result, checks=outcome.checks, findings=findings)
+
+    def _source(self, left: Left, lane: Lane) -> str:
+        """Who decided the step. One that left nothing was decided by the version that was at work then: the lane's last
+        one or, before it left anything, the partition's, or else the first that is seen.
+        """
+        agent, topic, partition, _ = lane
+        place = agent, topic, partition
+        if source := left.source:
+            self._sources[lane] = self._sources[place] = source
+            return source
+        return self._sources.get(lane) or self._sources.get(place) or self.recorded.first_source.get(agent, "")
 
     def _undecided(self, step: Step, left: Left, lane: Lane) -> Verdict | None:
         """Why the step is not to be decided; None when it is."""
@@ -375,7 +396,7 @@ class KeySteps:
         elif not checks:
             checks = recorded_checks(left.outputs)
         effects = tuple(item[1].event for item in left.effects if isinstance(item[1].event, Effect))
-        version = version_of(left.source) or agent.version
+        version = version_of(left.source or agent.source)
         self.steps.append(
             DecidedStep(
                 agent.name,
