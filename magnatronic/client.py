@@ -24,6 +24,7 @@ from magnatronic.errors import ClusterError, UnknownTaskError, WaitTimeoutError,
 from magnatronic.follow import KAFKA_LOGGER, Follower, Observed, observe, read_stored
 from magnatronic.tracing import Publishing
 from schemas.codec import MAX_BYTES, Codec
+from schemas.encryption import SubjectCipher, union
 from schemas.errors import EventTooLargeError
 from schemas.events import (
     Citation,
@@ -42,10 +43,13 @@ from schemas.topics import TOPICS, key_of, topic_name
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-__all__ = ["TASK_TOPICS", "Client", "Outcome"]
+__all__ = ["TASK_TOPICS", "Client", "DataSubjects", "Outcome"]
 
 TASK_TOPICS: Final = tuple(name for topic in TOPICS if topic.key == "task_id" for name in topic.names())
 """Every topic that holds events of tasks."""
+
+DataSubjects = str | Sequence[str] | None
+"""The names of the people that something is about."""
 
 TaskOutcome = TaskCompleted | TaskFailed | TaskExpired | TaskCancelled
 _OUTCOMES: Final = (TaskCompleted, TaskFailed, TaskExpired, TaskCancelled)
@@ -162,16 +166,21 @@ class Client:
         deadline: datetime | None = None,
         task_id: str | None = None,
         parameters: Mapping[str, str] | None = None,
+        data_subject: DataSubjects = None,
     ) -> str:
         """Submit a task; its id. Returns when the log has it.
 
         A ``task_id`` that was submitted before makes no second task. ``deadline`` is an aware datetime.
+        ``data_subject`` names whom the task is about, in the application's own terms, such as ``"customer-42"``: what
+        is personal in all that follows from it is sealed under the subject's key, until the subject is forgotten. No
+        event holds the name. Keep personal data out of ``task_id``.
 
         Raises:
             ValueError: the objective is empty, the priority unknown, the deadline naive (pydantic's ValidationError).
             ClusterError: the cluster did not take it.
         """
-        return self.submit_all([self.task(objective, priority, deadline, task_id, parameters)])[0]
+        task = self.task(objective, priority, deadline, task_id, parameters)
+        return self.submit_all([task], data_subject=data_subject)[0]
 
     def task(
         self,
@@ -191,14 +200,14 @@ class Client:
             parameters=dict(parameters or {}),
         )
 
-    def submit_all(self, tasks: Iterable[TaskSubmitted]) -> list[str]:
-        """Submit many tasks at once; their ids, when the log has them all.
+    def submit_all(self, tasks: Iterable[TaskSubmitted], *, data_subject: DataSubjects = None) -> list[str]:
+        """Submit many tasks at once, all about ``data_subject``; their ids, when the log has them all.
 
         Raises:
             ClusterError: the cluster did not take one; others may be in the log.
         """
         sent = list(tasks)
-        self.publish(sent)
+        self.publish(sent, data_subject=data_subject)
         return [task.task_id for task in sent]
 
     def cancel(self, task_id: str, *, priority: Priority | str = Priority.NORMAL, reason: str = "") -> None:
@@ -212,18 +221,36 @@ class Client:
         *,
         priority: Priority = Priority.NORMAL,
         on_sent: Callable[[Event, Metadata], None] | None = None,
+        data_subject: DataSubjects = None,
     ) -> list[Metadata]:
         """Send events of any type to their topics; what they were sent with, when the log has them all.
 
         ``priority`` is that of the task they belong to (a TaskSubmitted brings its own). ``on_sent`` is called for
-        each event before it is sent.
+        each event before it is sent. ``data_subject`` names whom they are about, as in :meth:`submit`.
 
         Raises:
             ClusterError: the cluster did not take one; others may be in the log.
-            WrongInputError: one is over the size that its topic takes.
+            WrongInputError: one is over the size that its topic takes, or there is no key store for data subjects.
+            KeyStoreError: the key store did not answer, or refused.
         """
+        subjects = self.key_ids(data_subject)
         with Publishing(self._tracer_provider) as publishing:
-            return self._publish(events, priority, on_sent, publishing)
+            return self._publish(events, priority, on_sent, publishing, subjects)
+
+    def key_ids(self, data_subject: DataSubjects) -> tuple[str, ...]:
+        """By which ids events name the data subjects; keys are made for those that have none.
+
+        Raises:
+            WrongInputError: there is no key store, or a name is empty or too long.
+            KeyStoreError: the key store did not answer, or refused.
+        """
+        names = [data_subject] if isinstance(data_subject, str) else list(data_subject or ())
+        if not names:
+            return ()
+        keys = self.codec.cipher.keys if isinstance(self.codec.cipher, SubjectCipher) else None
+        if keys is None or not hasattr(keys, "key_for"):
+            raise WrongInputError("what is about a data subject needs a key store; set MAGNATRONIC_KEY_STORE")
+        return union(keys.key_for(name) for name in names)
 
     def _publish(
         self,
@@ -231,6 +258,7 @@ class Client:
         priority: Priority,
         on_sent: Callable[[Event, Metadata], None] | None,
         publishing: Publishing,
+        subjects: tuple[str, ...],
     ) -> list[Metadata]:
         failures: list[str] = []
 
@@ -241,7 +269,7 @@ class Client:
         sent = []
         for event in events:
             topic = topic_name(event, event.priority if isinstance(event, TaskSubmitted) else priority)
-            metadata = self._metadata(event, topic, publishing)
+            metadata = self._metadata(event, topic, publishing, subjects)
             try:
                 encoded = self.codec.encode(event, metadata)
             except EventTooLargeError as error:
@@ -268,7 +296,7 @@ class Client:
             except KafkaException as error:
                 raise ClusterError(f"Kafka refuses an event for {topic}: {error.args[0].str()}") from error
 
-    def _metadata(self, event: Event, topic: str, publishing: Publishing) -> Metadata:
+    def _metadata(self, event: Event, topic: str, publishing: Publishing, subjects: tuple[str, ...]) -> Metadata:
         key = key_of(event)
         # A task is submitted once, however often its submission is sent; anything else is a new fact each time.
         event_id = deterministic_id("TaskSubmitted", key) if isinstance(event, TaskSubmitted) else str(uuid4())
@@ -279,6 +307,7 @@ class Client:
             time=datetime.now(UTC),
             correlation_id=key,
             traceparent=publishing.traceparent(topic, event_id=event_id, correlation_id=key, key=key),
+            data_subjects=subjects,
         )
 
     def ask(
@@ -290,11 +319,12 @@ class Client:
         deadline: datetime | None = None,
         task_id: str | None = None,
         parameters: Mapping[str, str] | None = None,
+        data_subject: DataSubjects = None,
         on_event: Callable[[Observed], None] | None = None,
         settle: float = 0.0,
     ) -> Outcome:
-        """Submit a task and wait for its outcome. ``on_event`` is called with each of the task's events on the way,
-        none before its cause.
+        """Submit a task, as :meth:`submit` does, and wait for its outcome. ``on_event`` is called with each of the
+        task's events on the way, none before its cause.
 
         All events that led to the outcome are in it; for those on other branches, it waits ``settle`` seconds more.
 
@@ -306,7 +336,7 @@ class Client:
         task = self.task(question, priority, deadline, task_id, parameters)
         waited_until = time.monotonic() + timeout
         with self.follower().subscribe(topics=TASK_TOPICS, keys=[task.task_id.encode()]) as subscription:
-            self.submit_all([task])
+            self.submit_all([task], data_subject=data_subject)
             order = _CausalOrder(on_event)
             outcome: TaskOutcome | None = None
             while (left := waited_until - time.monotonic()) > 0:
@@ -324,7 +354,9 @@ class Client:
                 return Outcome(task.task_id, outcome, tuple(order.events))
         raise WaitTimeoutError(f"task {task.task_id} has no outcome after {timeout:g} s; it goes on (see `watch`)")
 
-    def ask_all(self, questions: Sequence[str], *, timeout: float = 120.0, **options: Any) -> list[Outcome]:
+    def ask_all(
+        self, questions: Sequence[str], *, timeout: float = 120.0, data_subject: DataSubjects = None, **options: Any
+    ) -> list[Outcome]:
         """As :meth:`ask` for many questions side by side; the outcomes in the questions' order, without events.
 
         ``options`` are those of :meth:`task`, but for the task_id.
@@ -334,7 +366,7 @@ class Client:
         waited_until = time.monotonic() + timeout
         keys = [task.task_id.encode() for task in tasks]
         with self.follower().subscribe(topics=["task.outcomes"], keys=keys) as subscription:
-            self.submit_all(tasks)
+            self.submit_all(tasks, data_subject=data_subject)
             while len(outcomes) < len(tasks):
                 left = waited_until - time.monotonic()
                 observed = subscription.next(left) if left > 0 else None

@@ -11,6 +11,7 @@ from typing import Any
 from magnatronic.control import call
 from magnatronic.settings import Settings
 from schemas.codec import Codec
+from schemas.encryption import Cipher, NoKeys, SubjectCipher
 from streams.access import check_login
 
 __all__ = ["FoundSystem", "find_system", "make_codec"]
@@ -48,10 +49,17 @@ def find_system(data_dir: str | Path | None = None, *, ask: bool = True) -> Foun
     return FoundSystem(settings, settings.kafka_client_config(status["bootstrap_servers"]))
 
 
-def make_codec(settings: Settings) -> Codec:
-    """The codec whose schema ids come from the registry, where the settings name one, else from the manifest."""
+def make_codec(settings: Settings, *, deciding: bool = False) -> Codec:
+    """The codec whose schema ids come from the registry, where the settings name one, else from the manifest, and whose
+    keys of data subjects come from their key store. Without one, events about data subjects are read blank, or are
+    refused where they are to be decided on (``deciding``).
+    """
+    keys = settings.keys()
+    cipher: Cipher | None = NoKeys() if deciding else None
+    if keys is not None:
+        cipher = SubjectCipher(keys, ttl_s=settings.key_cache_s)
     if settings.schema_registry_url is None:
-        return Codec()
+        return Codec(cipher=cipher)
     from schemas.registry import RegistryIds
 
-    return Codec(RegistryIds(settings.schema_registry_url))
+    return Codec(RegistryIds(settings.schema_registry_url), cipher=cipher)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from magnatronic.client import Client
+from magnatronic.client import Client, DataSubjects
 from magnatronic.errors import WaitTimeoutError, WrongInputError
 from magnatronic.follow import Follower, Subscription, read_stored
 from schemas.events import DeadLettered, DocumentIndexed, DocumentRemoved, DocumentSubmitted, Event
@@ -167,12 +167,15 @@ def ingest(
     *,
     report: IngestReport | None = None,
     wait: bool = True,
+    data_subject: DataSubjects = None,
     stall_timeout: float = 120.0,
     on_progress: Callable[[IngestReport], None] = lambda _: None,
 ) -> IngestReport:
     """Submit ``documents``; with ``wait``, return when each is indexed or has failed.
 
     ``report`` is the one to go on with (what was found already). ``on_progress`` is called whenever it has changed.
+    ``data_subject`` names whom the documents are about: what is personal in them is sealed under the subject's key, and
+    so that their ids tell nothing, each id is replaced by a keyed hash of it.
 
     Raises:
         WaitTimeoutError: nothing was indexed for ``stall_timeout`` seconds.
@@ -180,6 +183,7 @@ def ingest(
     """
     report = IngestReport() if report is None else report
     began = time.monotonic()
+    subjects = client.key_ids(data_subject)
     parts = _stored_parts(client)
     answers = _Answers(client, report) if wait else None
     try:
@@ -189,15 +193,15 @@ def ingest(
             if isinstance(document, Skipped):
                 report.skipped.append(document)
             else:
-                batch += _events(document, parts)
+                batch += _events(_opaque(document, client, subjects), parts)
             if len(batch) >= _BATCH:
-                _submit(client, batch, report, answers)
+                _submit(client, batch, report, answers, data_subject)
                 batch.clear()
             if answers is not None:
                 answers.take(0)
             report.seconds = time.monotonic() - began
             on_progress(report)
-        _submit(client, batch, report, answers)
+        _submit(client, batch, report, answers, data_subject)
         last = time.monotonic()
         while answers is not None and answers.pending:
             if answers.take(0.2):
@@ -217,9 +221,25 @@ def ingest(
     return report
 
 
-def _submit(client: Client, batch: list[Event], report: IngestReport, answers: "_Answers | None") -> None:
+def _submit(
+    client: Client,
+    batch: list[Event],
+    report: IngestReport,
+    answers: "_Answers | None",
+    data_subject: DataSubjects,
+) -> None:
     report.submitted += sum(isinstance(event, DocumentSubmitted) for event in batch)
-    client.publish(batch, on_sent=None if answers is None else answers.expect)
+    client.publish(batch, on_sent=None if answers is None else answers.expect, data_subject=data_subject)
+
+
+def _opaque(document: DocumentSubmitted, client: Client, subjects: Sequence[str]) -> DocumentSubmitted:
+    """The document under an id that tells nothing, where it is about somebody: ids are no secret, and this one is a
+    path. The same path has the same id for as long as the subject has its key.
+    """
+    if not subjects or client.codec.cipher is None:
+        return document
+    sealed = client.codec.cipher.seal(subjects, (b"document id",), document.document_id.encode())
+    return document.model_copy(update={"document_id": f"document-{hashlib.sha256(sealed).hexdigest()[:32]}"})
 
 
 def _events(document: DocumentSubmitted, stored: dict[str, set[int]]) -> Iterator[Event]:

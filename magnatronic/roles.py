@@ -101,13 +101,13 @@ def instance_name(role: str, number: int) -> str:
     return f"{socket.gethostname()}-{role}-{number}"
 
 
-def ready_codec(settings: Settings) -> Codec:
-    """The codec, with the ids of all event types at hand.
+def ready_codec(settings: Settings, *, deciding: bool = True) -> Codec:
+    """The codec of a process that decides, or only reads, with the ids of all event types at hand.
 
     Raises:
         RegistryError: the schema registry gave no ids.
     """
-    codec = make_codec(settings)
+    codec = make_codec(settings, deciding=deciding)
     codec.prepare(*(event for topic in TOPICS for event in topic.events))
     return codec
 

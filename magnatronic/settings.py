@@ -16,6 +16,8 @@ from pydantic_settings import SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from magnatronic.errors import WrongInputError
+from magnatronic.keys.settings import KeySettings, open_keys
+from magnatronic.keys.store import SubjectKeys
 from streams.settings import ENV_PREFIX, AlertSettings, ClusterSettings, variable
 
 __all__ = ["ENV_PREFIX", "LlmProvider", "Settings", "SettingsError"]
@@ -42,7 +44,7 @@ def _key(name: str, *usual: str) -> AliasChoices:
     return AliasChoices(f"{ENV_PREFIX.lower()}{name}", *usual)
 
 
-class Settings(AlertSettings, ClusterSettings):
+class Settings(AlertSettings, KeySettings, ClusterSettings):
     """All settings. Make it with :meth:`load`; fields are documented by their descriptions."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
@@ -158,6 +160,14 @@ class Settings(AlertSettings, ClusterSettings):
     def embedded_kafka(self) -> bool:
         """Whether Kafka is the embedded broker."""
         return self.kafka_bootstrap_servers is None
+
+    def keys(self) -> SubjectKeys | None:
+        """The key store of data subjects; None where it is off.
+
+        Raises:
+            KeyStoreError: the key encryption key is of the wrong size.
+        """
+        return open_keys(self, self.data_dir / "keys" if self.embedded_kafka else None)
 
     @property
     def metrics_port_or_none(self) -> int | None:

@@ -86,7 +86,7 @@ class SingleRole:
         self._failure = loop.create_future()
         try:
             await self._observer.start()
-            codec = await asyncio.to_thread(ready_codec, self.settings)
+            codec = await asyncio.to_thread(ready_codec, self.settings, deciding=bool(self._agents))
             if not self.settings.embedded_kafka:
                 await asyncio.to_thread(check_login, self._kafka)
                 await asyncio.to_thread(

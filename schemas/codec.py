@@ -7,6 +7,7 @@ fingerprint) decides what schema the bytes were written with; a record of a stoc
 framing id, and gets metadata that depends on nothing but its place in the log.
 """
 
+import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ MAX_BYTES: Final = max(topic.max_message_bytes for topic in TOPICS)
 UNKNOWN_SOURCE: Final = "/clients/unknown"
 """The source of records whose producer did not name itself."""
 
+_log = logging.getLogger(__name__)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FRAME: Final = struct.Struct(">BI")
 _HEADER_BYTES: Final = _FRAME.size
@@ -133,6 +135,7 @@ class Codec:
         self._by_id: dict[int, _Reading] = {}
         self._sources: dict[bytes, str] = {}
         self._last_time = b"", _EPOCH
+        self._said = False
 
     def prepare(self, *event_types: type[Event]) -> None:
         """Get the ids of these types now, so that a registry that is away shows at start-up and no event waits for it.
@@ -264,6 +267,12 @@ class Codec:
         self, record: Record, headers: dict[str, bytes | None], fields: dict[str, Any], reading: _Reading
     ) -> Envelope:
         """The event without its personal fields; the others are held to its model's rules."""
+        if self.cipher is None and not self._said:
+            self._said = True
+            _log.warning(
+                "events about data subjects are read without what is personal: this process has no key store "
+                "(MAGNATRONIC_KEY_STORE)"
+            )
         if reading.upcast is not None:
             fields = _upcast(reading, fields)
         try:

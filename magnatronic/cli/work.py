@@ -44,6 +44,13 @@ class _Deadline(click.ParamType):
             self.fail(f"{text!r} is no time; write 90s, 15m, 2h, or 2030-01-31T12:00:00Z", param, ctx)
 
 
+_data_subject = click.option(
+    "--data-subject",
+    metavar="NAME",
+    help="Whom it is about: what is personal is sealed until `magnatronic forget NAME`.",
+)
+
+
 def _task_options(function: Any) -> Any:
     for option in (
         click.option("--priority", type=click.Choice(_PRIORITIES), default="normal", show_default=True),
@@ -54,13 +61,19 @@ def _task_options(function: Any) -> Any:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="A JSON file with the steps to take, instead of the decomposer's plan.",
         ),
+        _data_subject,
     ):
         function = option(function)
     return function
 
 
 def _task(
-    objective: str, priority: str, deadline: datetime | None, task_id: str | None, plan: Path | None
+    objective: str,
+    priority: str,
+    deadline: datetime | None,
+    task_id: str | None,
+    plan: Path | None,
+    data_subject: str | None,
 ) -> dict[str, Any]:
     """Arguments for the client.
 
@@ -77,7 +90,13 @@ def _task(
             parameters["plan"] = json.dumps(json.loads(plan.read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
             raise WrongInputError(f"{plan} is no JSON: {error}") from None
-    return {"priority": priority, "deadline": deadline, "task_id": task_id, "parameters": parameters}
+    return {
+        "priority": priority,
+        "deadline": deadline,
+        "task_id": task_id,
+        "parameters": parameters,
+        "data_subject": data_subject,
+    }
 
 
 @click.command()
@@ -218,8 +237,17 @@ def _chosen_topics(names: Sequence[str]) -> list[str] | None:
 @click.option(
     "--timeout", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds without any progress."
 )
+@_data_subject
 @common_options
-def ingest(paths: Sequence[Path], *, wait: bool, timeout: float, data_dir: Path | None, out: Output) -> int:
+def ingest(
+    paths: Sequence[Path],
+    *,
+    wait: bool,
+    timeout: float,
+    data_subject: str | None,
+    data_dir: Path | None,
+    out: Output,
+) -> int:
     """Add the documents in PATHS: files, and folders with all that is in them.
 
     A file that was ingested before is replaced. Ends with 1 when a file was named and can't be read, or failed.
@@ -234,7 +262,13 @@ def ingest(paths: Sequence[Path], *, wait: bool, timeout: float, data_dir: Path 
         raise WrongInputError("there is nothing to ingest: no .md .txt .html .rst or .pdf in what you name")
     with client_for(data_dir) as client, show_progress(out, "documents", len(files)) as progress:
         ingest_documents(
-            client, map(load_file, files), report=report, wait=wait, stall_timeout=timeout, on_progress=progress
+            client,
+            map(load_file, files),
+            report=report,
+            wait=wait,
+            data_subject=data_subject,
+            stall_timeout=timeout,
+            on_progress=progress,
         )
     settings = load_settings(data_dir)
     if wait and settings.embedded_kafka:

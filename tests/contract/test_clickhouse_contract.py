@@ -109,7 +109,7 @@ class Log:
         self.records: list[SinkRecord] = []
         self._next: dict[str, int] = {}
 
-    def add(self, event: Event, at_ms: int, *, source: str = "/agents/coordinator@1", **metadata: str) -> SinkRecord:
+    def add(self, event: Event, at_ms: int, *, source: str = "/agents/coordinator@1", **metadata: Any) -> SinkRecord:
         topic = topic_name(event, Priority.HIGH)
         encoded = self.codec.encode(
             event,
