@@ -18,6 +18,7 @@ from agents.memory.chunking import Chunker
 from agents.memory.embedding import BatchingEmbedder, TextEncoder
 from agents.memory.model_files import MODEL, MODEL_SHA256, TokenCounter
 from agents.overseer import Overseer
+from agents.prompts import PROMPTS, Prompts
 from agents.providers import create_provider
 from agents.researcher import Researcher
 from agents.retriever import Retriever
@@ -63,9 +64,9 @@ _NEEDS_MEMORY: Final = frozenset({"retriever", "researcher"})
 _NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "embedder"})
 
 
-def all_agents() -> tuple[Agent[Any], ...]:
+def all_agents(prompts: Prompts = PROMPTS) -> tuple[Agent[Any], ...]:
     """Every agent that decides on tasks; what a task's replay runs."""
-    return (Decomposer(), Coordinator(), Retriever(), Researcher(), Overseer())
+    return (Decomposer(prompts), Coordinator(prompts), Retriever(prompts), Researcher(prompts), Overseer())
 
 
 def stations(settings: Settings | None = None) -> tuple[Station, ...]:

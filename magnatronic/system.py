@@ -18,11 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+from pydantic import ValidationError
+
 from agents.context import Memory, Ports, RecallRequest
 from magnatronic.broker import EmbeddedBroker
 from magnatronic.broker.topics import ensure_topics
 from magnatronic.control import ControlServer, socket_path
-from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError
+from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER
 from magnatronic.monitoring import MonitorProcess
 from magnatronic.observing import Observer
@@ -168,7 +170,7 @@ class System:
             socket_path(self.settings.data_dir),
             {
                 **self._rebuilds.operations(),
-                **{"status": self._status, "query": self._query, "catch_up": self._catch_up},
+                **{"status": self._status, "query": self._query, "catch_up": self._catch_up, "recall": self._recall},
             },
         )
         await self._control.start()
@@ -324,6 +326,14 @@ class System:
             caught_up = await asyncio.to_thread(self._sinks["sink-clickhouse"].wait_caught_up, _CATCH_UP_S)
         answer = await asyncio.to_thread(answer_query, self._workbench.clickhouse(), sql)
         return {**answer, "caught_up": caught_up}
+
+    async def _recall(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What memory holds now, for those who ask what it would have made of something."""
+        try:
+            asked = RecallRequest.model_validate(request.get("request"))
+        except ValidationError as error:
+            raise WrongInputError(f"a recall's request has query, limit and document_ids: {error}") from None
+        return [found.model_dump(mode="json") for found in await self._workbench.memory().recall(asked)]
 
     async def _catch_up(self, request: Mapping[str, Any]) -> bool:
         return await asyncio.to_thread(self.wait_caught_up, float(request.get("timeout", _CATCH_UP_S)))

@@ -25,7 +25,7 @@ from replay.whatif.calls import CallKey, CallLog, Kept
 from replay.whatif.changes import Changes
 from replay.whatif.past import Past
 from replay.whatif.worker import Want
-from schemas.events import EVENT_TYPES, Effect, LlmCalled, ToolCalled
+from schemas.events import EVENT_TYPES, Effect, LlmCalled, TextsEmbedded, ToolCalled
 from schemas.metadata import Envelope, Metadata, canonical_json, deterministic_id
 
 __all__ = ["Answers", "Caller", "Stop", "TaskAnswers", "Would"]
@@ -96,9 +96,12 @@ class TaskAnswers:
     def __init__(self, answers: Answers, past: Past) -> None:
         self._all, self._past = answers, past
         self._elsewhere: dict[tuple[str, str, str], Effect] = {}
+        self._embedded: set[str] = set()
         for agent, recorded in past.effects.items():
             for effect in recorded:
                 if not effect.error and answers.changes.stands(effect):
+                    if isinstance(effect, TextsEmbedded):
+                        self._embedded.add(effect.model)
                     self._elsewhere.setdefault((agent, type(effect).__name__, effect.request_hash), effect)
 
     def elsewhere(self, agent: str, want: Want) -> Effect | None:
@@ -125,6 +128,9 @@ class TaskAnswers:
             case "TextsEmbedded":
                 if ports.embedding is None:
                     return told(Would.EMBED, "there is no embedding model here")
+                if self._embedded and ports.embedding.model not in self._embedded:
+                    models = ", ".join(sorted(self._embedded))
+                    return told(Would.EMBED, f"the record's model is {models}, the one here {ports.embedding.model}")
             case "MemoryRecalled":
                 if ports.memory is None:
                     return told(Would.RECALL, "memory has changed since: ask it as it is now with --recall live")

@@ -72,7 +72,12 @@ class Past:
     @property
     def erased(self) -> bool:
         """Whether personal fields of any of its events can't be read any more."""
-        return any(getattr(envelope, "erased", False) for _, envelope in self.items)
+        return any(envelope.erased for _, envelope in self.items)
+
+    @property
+    def personal(self) -> bool:
+        """Whether any of its events names data subjects."""
+        return any(envelope.metadata.data_subjects for _, envelope in self.items)
 
     def inputs(self) -> list[Item]:
         """What came from outside, in order: events that none of the agents wrote, and records that were sent again."""

@@ -116,6 +116,7 @@ class Simulation:
     _pushed: int = 0
 
     def __post_init__(self) -> None:
+        self._topics = frozenset(topic for post in self.posts.values() for topic in post.topics)
         self._own = TaskAnswers(self.answers, self.past)
         self.ledger = Ledger(self.past, self.answers.changes, self.codec, exact=self.fleet.local)
 
@@ -160,6 +161,8 @@ class Simulation:
             due = replace(due, item=(record, known[1]))
         elif not again:
             self._latest[envelope.metadata.id] = due.item
+        if record.topic not in self._topics:
+            return
         for agent, lane in await self.fleet.takers(*due.item):
             if again in ("", agent) and record.topic in self.posts[agent].topics:
                 await self._handle(due, agent, (agent, record.topic, record.partition, lane))
