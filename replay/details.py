@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from replay.words import say_effect, shorten
+from replay.words import error_of, say_effect, shorten
 from schemas.events import (
     AssessedClaim,
     Citation,
@@ -129,7 +129,7 @@ def _details(event: Event) -> Iterator[Detail]:
         case _:
             yield from _fields(event)
     if isinstance(event, Effect):
-        yield Detail("error", event.error, brief=True)
+        yield Detail("error", error_of(event))
 
 
 def _llm(event: LlmCalled) -> Iterator[Detail]:

@@ -30,7 +30,7 @@ from replay.page import (
 )
 from replay.story import Line, is_unanswered, story
 from replay.trace import Decision, Letter, Sums, Trace
-from replay.words import duration, say
+from replay.words import duration, error_of, say
 from schemas.events import (
     Assessment,
     DeadLetterResolved,
@@ -140,7 +140,7 @@ def _entry(trace: Trace, entry: Entry) -> Html:
     kind = badge(entry.type, tone_of(entry))
     if isinstance(entry.event, Effect):
         took = f"{entry.event.latency_ms:,.0f} ms"
-        failed = badge("failed", "bad") if entry.event.error else None
+        failed = inline(badge("failed", "bad"), error_of(entry.event)) if entry.event.error else None
         return inline(kind, call_in_words(entry.event), muted(took), failed)
     return inline(
         muted(_after(trace, entry)),

@@ -5,10 +5,13 @@ In: an event. Out: what it says, without its key, on one line of text that is cu
 
 from datetime import timedelta
 
+import orjson
+
 from schemas.events import (
     ChangeMarked,
     ChunkEmbedded,
     DeadLettered,
+    DeadLetterResolved,
     DocumentIndexed,
     DocumentSubmitted,
     Effect,
@@ -38,7 +41,7 @@ from schemas.events import (
     Waited,
 )
 
-__all__ = ["duration", "say", "say_effect", "shorten"]
+__all__ = ["duration", "error_of", "say", "say_effect", "shorten"]
 
 
 def shorten(text: str, width: int = 100) -> str:
@@ -112,7 +115,7 @@ def say(event: Event) -> str:
         case StepCancelled(step_id=step_id, agent=agent, reason=reason):
             return f"{_step(step_id)}, {agent}: {shorten(reason)}"
         case Effect() as effect:
-            failed = f", failed: {shorten(effect.error, 80)}" if effect.error else ""
+            failed = f", failed: {shorten(error_of(effect), 80)}" if effect.error else ""
             return f"{effect.agent}: {say_effect(effect)} in {effect.latency_ms:.0f} ms{failed}"
         case DocumentSubmitted(title=title, text=text):
             return f"{shorten(title)}, {len(text):,} characters"
@@ -120,6 +123,9 @@ def say(event: Event) -> str:
             return f"chunk {ordinal}, {tokens} tokens, {shorten(heading)}"
         case DocumentIndexed(chunk_ids=chunk_ids):
             return f"{len(chunk_ids)} chunks"
+        case DeadLetterResolved(agent=agent) as dead:
+            place = f"{dead.source_topic}[{dead.source_partition}]@{dead.source_offset}"
+            return f"{place} of {agent}: {dead.resolution.value} by {dead.resolved_by} {shorten(dead.reason)}".rstrip()
         case DeadLettered(agent=agent, error_type=kind, error=error) as dead:
             place = f"{dead.source_topic}[{dead.source_partition}]@{dead.source_offset}"
             return f"{agent} gave up {place}: {kind}: {shorten(error)}"
@@ -151,3 +157,12 @@ def say_effect(effect: Effect) -> str:
             return f"{effect.target} queried"
         case _:
             return type(effect).__name__
+
+
+def error_of(effect: Effect) -> str:
+    """Why a call failed: the error's type and message; empty where it did not."""
+    try:
+        error = orjson.loads(effect.error)
+        return f"{error['type']}: {error['message']}"
+    except (ValueError, TypeError, KeyError):
+        return effect.error

@@ -5,6 +5,7 @@ most is shown of an event; with ``full`` all of it is, whole.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Final
 
 from rich.console import Group, RenderableType
@@ -16,17 +17,19 @@ from magnatronic.cli.options import Output
 from replay.details import Cell, Detail, call_in_words, details
 from replay.history import Entry
 from replay.page import shown, visible
+from replay.sheet import Sheet
 from replay.story import Line, is_unanswered, story
 from replay.trace import Decision, Letter, Trace
 from replay.trace_page import SUM_COLUMNS, outcome_of, sum_rows, tone_of
-from replay.words import duration, say, shorten
+from replay.words import duration, error_of, say, shorten
 from schemas.events import DeadLetterResolved, Effect
 
-__all__ = ["print_trace"]
+__all__ = ["print_sheet", "print_trace"]
 
 _STYLES: Final = {"good": "green", "warn": "yellow", "bad": "red", "info": "cyan", "plain": "default"}
 _ROWS: Final = 3
 _CELL: Final = 60
+_LINES: Final = 12
 _COLUMNS: Final = 4
 """The first ones tell most."""
 
@@ -63,6 +66,38 @@ def print_trace(trace: Trace, out: Output, *, full: bool = False) -> None:
     out.table(SUM_COLUMNS, sum_rows(trace))
 
 
+def print_sheet(sheet: Sheet, out: Output, *, full: bool = False) -> None:
+    """The facts, the tables and, with ``full`` whole, the texts."""
+    out.console.print()
+    out.console.print(_said((sheet.title, "bold")))
+    for name, value in sheet.facts.items():
+        if value not in ("", None):
+            out.console.print(_said((f"  {name}: ", "dim"), _cell(value, full)))
+    for table in sheet.tables:
+        if table.rows:
+            rows = [
+                [_cell(value, full) if isinstance(value, str | datetime) else value for value in row]
+                for row in table.rows
+            ]
+            out.table(table.columns, rows, title=visible(table.title))
+        else:
+            out.console.print(_said((f"  {table.title}: ", "dim"), "none"))
+    for name, text in sheet.texts.items():
+        out.console.print(_said((f"{name}:", "dim")))
+        lines = text.splitlines()
+        kept = lines if full else lines[:_LINES]
+        out.console.print(*(_one_line(_said(f"  {line}")) for line in kept), sep="\n")
+        if len(kept) < len(lines):
+            out.console.print(_said((f"  and {len(lines) - len(kept)} more lines; --full shows them", "dim")))
+    for note in sheet.notes:
+        out.console.print(_said((note, "yellow")))
+
+
+def _cell(value: Cell, full: bool) -> str:
+    said = visible(f"{value.astimezone():%Y-%m-%d %H:%M:%S %Z}" if isinstance(value, datetime) else shown(value))
+    return said if full else shorten(said, _CELL)
+
+
 def _tree(trace: Trace, line: Line, full: bool) -> Tree:
     tree = Tree(_label(trace, line, full), guide_style="dim")
     _grow(tree, trace, line.below, full)
@@ -89,7 +124,7 @@ def _entry(trace: Trace, entry: Entry) -> Text:
     style = _STYLES[tone_of(entry)]
     if isinstance(entry.event, Effect):
         took = f"  {entry.event.latency_ms:,.0f} ms"
-        failed = (f"  failed: {shorten(entry.event.error)}", "red") if entry.event.error else ""
+        failed = (f"  failed: {shorten(error_of(entry.event))}", "red") if entry.event.error else ""
         return _said((f"{entry.type} ", style), call_in_words(entry.event), (took, "dim"), failed)
     said = entry.error if entry.event is None else say(entry.event)
     return _said(

@@ -12,7 +12,7 @@ __all__ = ["When"]
 
 
 class When(click.ParamType):
-    """A time: so long ago (``90s``, ``15m``, ``2h``, ``7d``), or an ISO time; one without zone is local."""
+    """A time: so long ago (``90s``, ``15m ago``, ``2h``, ``7d``), or an ISO time; one without zone is local."""
 
     name = "when"
 
@@ -20,7 +20,7 @@ class When(click.ParamType):
         """The time that ``value`` names, aware, in UTC."""
         if isinstance(value, datetime):
             return value
-        text = str(value).strip()
+        text = str(value).strip().removesuffix("ago").rstrip()
         unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(text[-1:])
         try:
             if unit is not None:

@@ -4,13 +4,15 @@ import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from math import isfinite
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
 from magnatronic.cli.options import Output
 from magnatronic.cli.trace_tree import print_trace
 from replay.errors import UnknownTaskError
+from replay.golden import load
 from replay.history import Entry, read_history
 from replay.story import Line, story
 from replay.trace import Decision, Letter, Trace, trace_of
@@ -47,7 +49,9 @@ from schemas.events import (
     ToolStarted,
 )
 from schemas.record import Record
-from tests.support.tape import BEGAN, CODEC, Tape
+from tests.support.tape import BEGAN, CODEC, Tape, TapeLog
+
+HISTORIES: Final = sorted((Path(__file__).parents[1] / "replay" / "histories").glob("*.jsonl"))
 
 PASSAGE = Evidence(
     chunk_id="c1", document_id="d1", title="Widgets", heading="Care", text="Clean it with a dry cloth.", score=0.83
@@ -507,3 +511,21 @@ def test_a_clock_that_is_ahead_gives_no_negative_times() -> None:
     (decision,) = trace(tape).decisions
     assert decision.waited == timedelta()
     assert decision.called == timedelta()
+
+
+@pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.stem)
+def test_every_record_of_a_real_history_is_told_once(path: Path) -> None:
+    pinned = load(path)
+    found = trace_of(read_history(TapeLog(pinned.records), pinned.id, CODEC))
+    told: list[Entry] = []
+    for line in flat(story(found)):
+        match line.what:
+            case Entry() as entry:
+                told.append(entry)
+            case Letter(entry=entry, resolved=resolved):
+                told += [entry, *resolved]
+    assert sorted(entry.place for entry in told) == sorted(entry.place for entry in found.history.entries)
+    assert all(decision.ended is not None for decision in found.decisions) or found.outcome is None
+    assert sum((hop.total for hop in found.path), timedelta()) <= found.wall
+    assert trace_page(found)
+    json.dumps(trace_as_dict(found))
