@@ -34,11 +34,13 @@ APICURIO = Artifact(
 
 
 SYSTEM_FILES: Final = (
+    "test_archive_commands.py",
     "test_client_live.py",
     "test_system_commands.py",
     "test_dlq_redrive.py",
     "test_observability.py",
     "test_monitor_process.py",
+    "test_whatif_system.py",
 )
 """Those that use the session's system: they run in one go, since a system takes half a core even when it idles."""
 
@@ -46,6 +48,7 @@ LONGEST: Final = (
     "test_chaos.py",
     *SYSTEM_FILES,
     "test_processor_promises.py",
+    "test_archive.py",
     "test_broker.py",
     "test_fetcher.py",
     "test_processor_faults.py",

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from filelock import FileLock, Timeout
 
-from replay.archive.manifest import Gap, Header, Manifest
+from replay.archive.manifest import LOCK, Gap, Header, Manifest
 from replay.archive.plan import Plan, load_plan, make_plan, save_plan, without_lost
 from replay.archive.segment import Limits, SegmentWriter
 from replay.errors import ArchiveBusyError, ArchiveError, LogTruncatedError
@@ -76,7 +76,7 @@ class Archiver:
         self._finished = finished
         self._limits = limits or Limits()
         self._allow_gaps = allow_gaps
-        self._lock = FileLock(folder / "archive.lock")
+        self._lock = FileLock(folder / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

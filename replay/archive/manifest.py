@@ -19,10 +19,13 @@ from replay.errors import ArchiveDamagedError, ArchiveError
 from replay.selection import Place, Span
 from schemas.metadata import canonical_json
 
-__all__ = ["FORMAT", "Gap", "Header", "Manifest", "Segment", "Stretch", "sync_folder"]
+__all__ = ["FORMAT", "LOCK", "Gap", "Header", "Manifest", "Segment", "Stretch", "sync_folder"]
 
 FORMAT: Final = 1
 _NAME: Final = "manifest.jsonl"
+
+LOCK: Final = "archive.lock"
+"""Held by the process that writes the archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,23 @@ class Manifest:
     @classmethod
     def exists(cls, folder: Path) -> bool:
         """Whether there is an archive in ``folder``."""
-        return (folder / _NAME).is_file()
+        try:
+            with (folder / _NAME).open("rb") as file:
+                return file.readline().endswith(b"\n")  # else a crash has cut the first line short
+        except FileNotFoundError:
+            return False
 
     @classmethod
     def create(cls, folder: Path, header: Header) -> "Manifest":
-        """A new archive's."""
+        """A new archive's.
+
+        Raises:
+            ArchiveError: the folder holds something else.
+        """
+        if strange := sorted({path.name for path in folder.iterdir()} - {_NAME, LOCK}):
+            raise ArchiveError(f"{folder} is no archive, and holds {strange[0]}; take a new or an empty folder")
         made = cls(folder, header, [], [])
+        (folder / _NAME).unlink(missing_ok=True)
         made._append(asdict(header))
         sync_folder(folder)
         return made

@@ -35,7 +35,7 @@ SCHEMA: Final = pa.schema(
         pa.field("value", pa.binary()),
         pa.field(
             "headers",
-            pa.list_(pa.struct([pa.field("name", _NAMES, nullable=False), pa.field("value", pa.binary())])),
+            pa.list_(pa.struct([pa.field("name", _TEXT, nullable=False), pa.field("value", pa.binary())])),
             nullable=False,
         ),
         pa.field("event_type", _NAMES),
@@ -182,7 +182,7 @@ def _headers(cells: Sequence[Sequence[Header]]) -> pa.ListArray:
         offsets.append(end)
     kind = SCHEMA.field("headers").type.value_type
     pairs = pa.StructArray.from_arrays(
-        [pa.array([name for name, _ in flat], _NAMES), pa.array([content for _, content in flat], pa.binary())],
+        [pa.array([name for name, _ in flat], _TEXT), pa.array([content for _, content in flat], pa.binary())],
         fields=[kind.field(0), kind.field(1)],
     )
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pairs, type=SCHEMA.field("headers").type)
@@ -195,7 +195,7 @@ def records_of(place: Place, batch: pa.RecordBatch) -> list[Record]:
     if isinstance(headers, pa.ChunkedArray):
         headers = headers.combine_chunks()
     pairs = headers.flatten()
-    names = _plain(pairs.field("name"))
+    names = _plain(pairs.field("name").dictionary_encode())
     flat = list(zip(names, _plain(pairs.field("value")), strict=True))
     ends = headers.value_lengths().to_numpy(zero_copy_only=False).cumsum().tolist()
     starts = [0, *ends[:-1]]

@@ -152,24 +152,26 @@ def _wrong_rows(path: Path, segment: Segment) -> Iterator[str]:
 
 
 class _Rows:
-    """A file's rows in order, as many at a time as are asked for."""
+    """A file's rows in order, as many as are asked for, in batches of a row group at most."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
-        self._batches = file.iter_batches(batch_size=5000, columns=["topic", "partition", *RAW])
-        self._batch: pa.RecordBatch | None = None
+        self._file = file
+        self._group = 0
+        self._batch: pa.Table | None = None
         self.left: int = file.metadata.num_rows
 
     def next(self, count: int) -> Iterator[pa.RecordBatch]:
-        while count:
+        while count > 0:
             if self._batch is None or not self._batch.num_rows:
-                self._batch = next(self._batches, None)
-                if self._batch is None:
+                if self._group == self._file.metadata.num_row_groups:
                     return
+                self._batch = self._file.read_row_group(self._group, ["topic", "partition", *RAW])
+                self._group += 1
             batch = self._batch.slice(0, count)
             self._batch = self._batch.slice(batch.num_rows)
             count -= batch.num_rows
             self.left -= batch.num_rows
-            yield batch
+            yield from batch.combine_chunks().to_batches()
 
 
 def _by_place(manifest: Manifest) -> dict[Place, list[Stretch]]:
