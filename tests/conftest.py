@@ -37,6 +37,7 @@ SYSTEM_FILES: Final = (
     "test_archive_commands.py",
     "test_client_live.py",
     "test_system_commands.py",
+    "test_trace_commands.py",
     "test_dlq_redrive.py",
     "test_observability.py",
     "test_monitor_process.py",

@@ -167,7 +167,7 @@ def totals(results: Iterable[TaskResult]) -> Totals:
     completed = [0, 0]
     for result in results:
         sums.tasks += 1
-        sums.by_status[result.status] = sums.by_status.get(result.status, 0) + 1
+        sums.by_status[result.status.value] = sums.by_status.get(result.status.value, 0) + 1
         if result.status is Status.LEFT_OUT:
             continue
         sums.decisions_differ += result.decided is not None
