@@ -24,8 +24,9 @@ from schemas.metadata import Envelope
 from schemas.topics import topic_name
 from sinks.clickhouse import ClickHouse, ClickHouseSink
 from sinks.clickhouse.rows import to_table
+from sinks.milvus.naming import document_key
 from sinks.milvus.sink import MilvusSink
-from sinks.milvus.store import MilvusStore, document_key
+from sinks.milvus.store import MilvusStore
 from sinks.runner import SinkRunner
 from sinks.sink import Sink, SinkRecord
 

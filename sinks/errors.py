@@ -5,6 +5,7 @@ SinkError
 ├── StoreBusyError      another process owns the embedded store's files
 ├── LogError            the log can't be read: the cluster is out of reach, a topic is missing, or access is denied
 ├── HistoryLostError    the log no longer holds records that the store has not seen, or that a rebuild needs
+├── ReplacedError       a rebuild has put another store into use; go on where that stands
 ├── RebuildStoppedError a rebuild was told to stop; the next one goes on
 └── QueryError          a user's query failed; the message is the store's own first line
     ├── WriteRefusedError   it would change something, or names a second statement
@@ -18,6 +19,7 @@ __all__ = [
     "QueryError",
     "QueryTimeoutError",
     "RebuildStoppedError",
+    "ReplacedError",
     "SinkError",
     "StoreBusyError",
     "StoreError",
@@ -48,6 +50,10 @@ class LogError(SinkError):
 
 class HistoryLostError(SinkError):
     """Retention removed records before the store saw them, or the topic was made anew."""
+
+
+class ReplacedError(SinkError):
+    """A rebuild has put another store into use. Nothing is lost: its offsets say where to go on."""
 
 
 class RebuildStoppedError(SinkError):

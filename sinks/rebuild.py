@@ -111,7 +111,9 @@ class Projection(ABC):
 
     @abstractmethod
     def rows_before(self, starts: Mapping[Place, int]) -> Mapping[Place, int]:
-        """How many rows the projection in use has between the shadow's position and each start, where it has some."""
+        """Of how many records the projection in use has rows between the shadow's position and each start, where there
+        are some.
+        """
 
     @abstractmethod
     def carry(self, starts: Mapping[Place, int]) -> int:
@@ -257,12 +259,12 @@ class Rebuild:
         if stage is Stage.NEW:
             projection.discard()
         lost = ", ".join(
-            f"{topic}[{number}] begins at offset {starts[topic, number]:,} and {rows:,} rows are older"
+            f"{topic}[{number}] begins at offset {starts[topic, number]:,} and {rows:,} records of it are older"
             for (topic, number), rows in sorted(older.items())
         )
         raise HistoryLostError(
             f"the log no longer holds all that {projection.name} was made of: {lost}. Nothing was changed. Give an "
-            "archive that has it with --from FOLDER, or take these rows over as they are with --carry"
+            "archive that has it with --from FOLDER, or take these over as they are with --carry"
         )
 
     def _compared(self) -> tuple[Comparison, ...]:

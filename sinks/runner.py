@@ -30,7 +30,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 from schemas.errors import UnavailableError
 from schemas.record import Record
 from sinks.decoding import Decoder, decoded
-from sinks.errors import HistoryLostError, LogError, SinkError
+from sinks.errors import HistoryLostError, LogError, ReplacedError, SinkError
 from sinks.sink import Sink, SinkRecord
 
 __all__ = ["SinkRunner"]
@@ -129,6 +129,7 @@ class SinkRunner:
         self._since = 0.0
         self._average = 1_000.0
         self._holding = False
+        self._replaced = False
         self._looked_at = 0.0
 
     @property
@@ -301,7 +302,7 @@ class SinkRunner:
                 self._take(self._poll(self._patience()))
                 if self._due():
                     self._flush()
-                self._measure_backlog()
+                self._look()
             self._flush()
         except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise to; callers find it in `error`
             self._fail(error)
@@ -413,10 +414,17 @@ class SinkRunner:
 
     def _flush(self) -> None:
         """Write what was read: the data and the store's offsets, then the group's, which serve monitoring only."""
+        if self._replaced:
+            self._start_over()
         if not self._moved:
             return
         # What is written is looked up at each try: while a store is down, partitions can be taken away.
-        self._patiently(self._write)
+        try:
+            self._patiently(self._write)
+        except ReplacedError as error:
+            _log.info("sink %s: %s", self.sink.name, error)
+            self._start_over()
+            return
         moved, self._moved = self._moved, {}
         count = len(self._batch)
         self._batch, self._bytes = [], 0
@@ -438,17 +446,43 @@ class SinkRunner:
         if self._on_batch is not None:
             self._on_batch(len(self._batch), time.monotonic() - started)
 
-    def _measure_backlog(self) -> None:
+    def _look(self) -> None:
         now = time.monotonic()
         if self._consumer is None or now - self._looked_at < _BACKLOG_S:
             return
         self._looked_at = now
+        if self._replaced or self._is_replaced():
+            self._start_over()
         backlog = 0
         for place in self._assigned or ():
             # What the last fetch said, without asking: the end is -1001 before the first.
             _, high = self._consumer.get_watermark_offsets(TopicPartition(*place), cached=True)
             backlog += max(0, high - self._position(place))
         self._backlog = backlog
+
+    def _is_replaced(self) -> bool:
+        try:
+            return self.sink.replaced()
+        except SinkError as error:
+            _log.info("sink %s: %s", self.sink.name, error)
+            return False
+
+    def _start_over(self) -> None:
+        """Another store is in use: go on where that stands."""
+        assert self._consumer is not None
+        stored: Mapping[Place, int] = {}
+
+        def ask() -> None:
+            nonlocal stored
+            stored = self.sink.offsets()
+
+        self._patiently(ask)
+        self._replaced = False
+        self._batch, self._bytes, self._moved = [], 0, {}
+        with self._changed:
+            self._written = {place: stored.get(place, 0) for place in self._assigned or ()}
+            self._changed.notify_all()
+        self._read_from(self._written)
 
     def _patiently(self, work: Callable[[], None]) -> None:
         """Do ``work``, again and again while its errors say that this may help, keeping the place in the group."""
@@ -492,6 +526,8 @@ class SinkRunner:
 
         def ask() -> None:
             nonlocal stored
+            # Asking takes the sink to the store in use, where the partitions that we had stand elsewhere.
+            self._replaced = self._replaced or (self._assigned is not None and self.sink.replaced())
             stored = self.sink.offsets()
 
         wait, longest = self._backoff_s
@@ -522,7 +558,7 @@ class SinkRunner:
             self._changed.notify_all()
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        if not self._stopping.is_set() and not self._holding and self._moved:
+        if not self._stopping.is_set() and not self._holding and self._moved and not self._replaced:
             try:
                 self._flush_once()
             except SinkError as error:

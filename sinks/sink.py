@@ -72,6 +72,15 @@ class Sink(ABC):
             SinkError: nothing is promised about what was written; the same batch comes again if it is retryable.
         """
 
+    def replaced(self) -> bool:
+        """Whether a rebuild has put another store into use since :meth:`offsets` was asked. It is asked again then, and
+        what follows is written there. Asked once a second; :meth:`write` may raise ReplacedError before.
+
+        Raises:
+            SinkError: the store can't be read.
+        """
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Leave the store whole and let go of it. Nothing is called afterwards."""

@@ -16,10 +16,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.context import EmbeddingModel, RecallRequest
+from agents.context import EmbeddingModel, RecallRequest, Vectors
 from schemas.events import Evidence
 from sinks.errors import StoreError
-from sinks.milvus.store import Hit, MilvusStore, collection_name
+from sinks.milvus.naming import collection_name, in_generation
+from sinks.milvus.store import Hit, MilvusStore
 
 __all__ = ["MilvusMemory"]
 
@@ -114,7 +115,7 @@ class MilvusMemory:
         try:
             limit = max(recall.limit for recall in recalls) + _SPARE
             vectors = np.stack([recall.vector for recall in recalls])
-            found = self._store.search(self._collection, vectors, limit, document_ids)
+            found = self._search(vectors, limit, document_ids)
         except Exception as error:  # noqa: BLE001 - the callers get it; the thread serves the next ones
             for recall in recalls:
                 recall.future.set_exception(error)
@@ -122,6 +123,17 @@ class MilvusMemory:
         for recall, hits in zip(recalls, found, strict=True):
             evidence = sorted(map(_evidence, hits), key=lambda one: (-one.score, one.chunk_id))
             recall.future.set_result(tuple(evidence[: recall.limit]))
+
+    def _search(self, vectors: Vectors, limit: int, document_ids: tuple[str, ...]) -> list[list[Hit]]:
+        generation = self._store.generation()
+        while True:
+            found = self._store.search(in_generation(self._collection, generation), vectors, limit, document_ids)
+            if any(found):
+                return found
+            # Nothing may mean that a rebuild has dropped the collection meanwhile.
+            before, generation = generation, self._store.generation(fresh=True)
+            if generation == before:
+                return found
 
 
 def _evidence(hit: Hit) -> Evidence:

@@ -11,21 +11,27 @@ from typing import ClassVar
 
 from schemas.events import ChunkEmbedded, DocumentIndexed
 from schemas.topics import topic_of
-from sinks.errors import StoreError
-from sinks.milvus.store import ChunkRow, MilvusStore, collection_name, row_key
+from sinks.errors import ReplacedError, StoreError
+from sinks.milvus.naming import collection_name, in_generation, offsets_name, row_key
+from sinks.milvus.store import ChunkRow, MilvusStore
 from sinks.sink import Offsets, Sink, SinkRecord
 
 __all__ = ["MilvusSink"]
 
 
 class MilvusSink(Sink):
-    """Feeds ``store`` from topic ``embeddings``. Records that don't decode are passed over: ClickHouse keeps them."""
+    """Feeds ``store`` from topic ``embeddings``. Records that don't decode are passed over: ClickHouse keeps them.
+
+    It feeds the generation of the index that is in use, or the ``generation`` that a rebuild makes.
+    """
 
     name: ClassVar[str] = "milvus"
 
-    def __init__(self, store: MilvusStore) -> None:
+    def __init__(self, store: MilvusStore, generation: int | None = None) -> None:
         self.topics = topic_of(ChunkEmbedded).names()
         self._store = store
+        self._fixed = generation is not None
+        self._generation = generation
 
     def open(self) -> None:
         """Connect; see :meth:`sinks.sink.Sink.open`."""
@@ -33,10 +39,28 @@ class MilvusSink(Sink):
 
     def offsets(self) -> Offsets:
         """What Milvus says is done; see :meth:`sinks.sink.Sink.offsets`."""
-        return self._store.offsets(self.name)
+        if not self._fixed:
+            self._generation = self._store.generation(fresh=True)
+        return self._store.offsets(offsets_name(self.name, self._fed))
+
+    def replaced(self) -> bool:
+        """Whether a rebuild has put another generation into use; see :meth:`sinks.sink.Sink.replaced`."""
+        return not self._fixed and self._generation not in (None, self._store.generation(fresh=True))
+
+    @property
+    def _fed(self) -> int:
+        if self._generation is None:
+            self._generation = self._store.generation(fresh=True)
+        return self._generation
 
     def write(self, batch: Sequence[SinkRecord], offsets: Offsets) -> None:
-        """Apply the batch's net effect, then note the offsets; see :meth:`sinks.sink.Sink.write`."""
+        """Apply the batch's net effect, then note the offsets; see :meth:`sinks.sink.Sink.write`.
+
+        Raises:
+            ReplacedError: another generation is in use. What slips through goes to the old one, with its offsets.
+        """
+        if self.replaced():
+            raise ReplacedError(f"a rebuild has put a new index into use in place of generation {self._fed}")
         net = _Net()
         for record in batch:
             if record.envelope is None:
@@ -47,13 +71,10 @@ class MilvusSink(Sink):
             elif isinstance(event, DocumentIndexed):
                 net.indexed(event)
         self._remove_stale(net)
-        for collection, chunks in net.by_collection().items():
+        for name, chunks in net.by_collection().items():
+            collection = in_generation(name, self._fed)
             self._store.upsert(collection, len(chunks[0].vector), [_row(chunk) for chunk in chunks])
-        self._store.note_offsets(self.name, offsets)
-
-    def rebuild(self) -> None:
-        """Forget everything. Whoever feeds the sink then starts at the log's beginning; nothing is embedded again."""
-        self._store.drop(self.name)
+        self._store.note_offsets(offsets_name(self.name, self._fed), offsets)
 
     def close(self) -> None:
         """Flush and disconnect; see :meth:`sinks.sink.Sink.close`."""
@@ -63,7 +84,7 @@ class MilvusSink(Sink):
         if not net.standing:
             return
         # In every model's collection: the old text of a document is stale whoever embedded it.
-        for collection in self._store.collections():
+        for collection in self._store.collections(self._fed):
             # Again until nothing is found: of a document with very many chunks not all are seen at once.
             before: list[str] = []
             while stale := self._stale(collection, net.standing):

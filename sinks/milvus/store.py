@@ -8,8 +8,8 @@ limits how often it may be asked. Documents are filtered by a hash of their id: 
 
 import contextlib
 import logging
-import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,10 @@ from pymilvus import DataType, MilvusClient
 from pymilvus.exceptions import ConnectionConfigException, MilvusException
 
 from agents.context import Vectors
-from schemas.metadata import deterministic_id
 from sinks.errors import StoreBusyError, StoreError
+from sinks.milvus.naming import OFFSETS, document_key, plain_name
 
-__all__ = ["ChunkRow", "Hit", "MilvusStore", "collection_name", "document_key", "row_key"]
+__all__ = ["ChunkRow", "Hit", "MilvusStore"]
 
 # What it logs is raised as an exception too, and told of where that is handled.
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
@@ -31,8 +31,6 @@ logging.getLogger("milvus_lite").setLevel(logging.CRITICAL)
 # Milvus Lite's server logs every call of the client that it does not know; the client does without them.
 logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
 
-_PREFIX: Final = "chunks_"
-_OFFSETS: Final = "sink_offsets"
 _MAX_BYTES: Final = 65_535
 """The longest VARCHAR that Milvus holds."""
 
@@ -42,10 +40,13 @@ _MOST_ROWS: Final = 16_384
 _PAGE: Final = 8_192
 """Ids in one delete."""
 
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_./:-]{1,200}")
-"""Ids that need no escaping in a filter, whoever parses it."""
+_GENERATION: Final = "@generation"
+"""The row of the offsets' collection that says which generation of the index is in use: one write switches over."""
+_KNOWN_S: Final = 1.0
+"""How long another process may go on with a generation that is no longer in use."""
 
 _RESULT: Final = ("chunk_id", "document_id", "title", "heading", "source", "text")
+_WHOLE: Final = (*_RESULT, "document_key", "ordinal", "vector")
 
 ResultT = TypeVar("ResultT")
 
@@ -77,25 +78,6 @@ class Hit:
     score: float
 
 
-def collection_name(model: str, version: str, dimensions: int) -> str:
-    """The collection of an embedding model's chunks.
-
-    >>> collection_name("all-MiniLM-L6-v2", "1.0", 384)
-    'chunks_all_MiniLM_L6_v2_1_0_384'
-    """
-    return _PREFIX + re.sub(r"\W", "_", f"{model}_{version}_{dimensions}", flags=re.ASCII)[:200]
-
-
-def row_key(chunk_id: str) -> str:
-    """The primary key of a chunk: its id, hashed where it is not the plain kind that the Embedder makes."""
-    return chunk_id if _PLAIN.fullmatch(chunk_id) else deterministic_id("row", chunk_id)
-
-
-def document_key(document_id: str) -> str:
-    """What a document is filtered by."""
-    return deterministic_id("document", document_id)
-
-
 class MilvusStore:
     """One connection to Milvus, for a sink and any number of readers, in any threads.
 
@@ -116,6 +98,8 @@ class MilvusStore:
         self._unflushed: dict[str, int] = {}
         self._unnoted: dict[str, dict[tuple[str, int], int]] = {}
         self._idle: threading.Timer | None = None
+        self._generation: int | None = None
+        self._looked_at = 0.0
 
     def open(self) -> None:
         """Connect. Each call needs its :meth:`close`.
@@ -143,6 +127,7 @@ class MilvusStore:
                 client, self._client = self._client, None
                 self._loaded.clear()
                 self._unflushed.clear()
+                self._generation = None
                 client.close()
                 if self.embedded:
                     from milvus_lite.server_manager import server_manager_instance
@@ -189,10 +174,11 @@ class MilvusStore:
 
     # Chunks
 
-    def collections(self) -> list[str]:
-        """The collections of chunks that there are."""
+    def collections(self, generation: int | None = None) -> list[str]:
+        """The collections of chunks of a generation, by default of the one in use."""
+        wanted = self.generation() if generation is None else generation
         names: list[str] = self._do(lambda client: client.list_collections())
-        return sorted(name for name in names if name.startswith(_PREFIX))
+        return sorted(name for name in names if plain_name(name, wanted) is not None)
 
     def upsert(self, collection: str, dimensions: int, rows: Sequence[ChunkRow]) -> None:
         """Put rows in, in place of those with the same ``chunk_id``; the collection is made when it is missing."""
@@ -238,6 +224,13 @@ class MilvusStore:
             self._do(partial(_delete, collection=collection, chunk_ids=page))
         self._wrote(collection, len(chunk_ids))
 
+    def chunks(self, collection: str, where: str, limit: int) -> list[dict[str, Any]]:
+        """Whole rows that ``where``, a filter of Milvus, holds for: ``limit`` of them at most, 16,384 at the most."""
+        if not self._exists(collection):
+            return []
+        self._load(collection)
+        return self._rows(collection, where, list(_WHOLE), limit)
+
     def count(self, collection: str) -> int:
         """How many chunks a collection holds; 0 when there is no such collection."""
         if not self._exists(collection):
@@ -276,10 +269,10 @@ class MilvusStore:
     def offsets(self, sink: str) -> dict[tuple[str, int], int]:
         """The next offsets that ``sink`` is to read, as they stand in Milvus after a flush."""
         self.flush()
-        if not self._exists(_OFFSETS):
+        if not self._exists(OFFSETS):
             return {}
-        self._load(_OFFSETS)
-        rows = self._rows(_OFFSETS, f"sink == {_literals([sink])[1:-1]}", ["topic", "partition_number", "next_offset"])
+        self._load(OFFSETS)
+        rows = self._rows(OFFSETS, f"sink == {_literals([sink])[1:-1]}", ["topic", "partition_number", "next_offset"])
         return {(row["topic"], row["partition_number"]): row["next_offset"] for row in rows}
 
     def note_offsets(self, sink: str, offsets: Mapping[tuple[str, int], int]) -> None:
@@ -297,7 +290,7 @@ class MilvusStore:
             self._flush_later()
 
     def _write_offsets(self, sink: str, offsets: Mapping[tuple[str, int], int]) -> None:
-        self._ensure(_OFFSETS, _create_offsets)
+        self._ensure(OFFSETS, _create_offsets)
         rows = [
             {
                 "place": f"{sink}/{topic}/{partition}",
@@ -309,17 +302,53 @@ class MilvusStore:
             }
             for (topic, partition), offset in offsets.items()
         ]
-        self._do(lambda client: client.upsert(_OFFSETS, rows))
+        self._do(lambda client: client.upsert(OFFSETS, rows))
 
-    def drop(self, sink: str) -> None:
-        """Drop every collection of chunks, and ``sink``'s offsets first: a crash in between then reads all again."""
+    def forget_offsets(self, sink: str) -> None:
+        """Delete what was noted for ``sink``, which then reads all from the beginning."""
         with self._lock:
             self._unnoted.pop(sink, None)
-        if self._exists(_OFFSETS):
-            self._load(_OFFSETS)
-            self._do(lambda client: client.delete(_OFFSETS, filter=f"sink == {_literals([sink])[1:-1]}"))
-        for collection in self.collections():
+        if self._exists(OFFSETS):
+            self._load(OFFSETS)
+            self._do(lambda client: client.delete(OFFSETS, filter=f"sink == {_literals([sink])[1:-1]}"))
+
+    # Generations
+
+    def generation(self, *, fresh: bool = False) -> int:
+        """Which generation of the index is in use, as of a second ago at most; with ``fresh`` as of now."""
+        now = time.monotonic()
+        known = self._generation
+        if known is not None and (self.embedded or (not fresh and now - self._looked_at < _KNOWN_S)):
+            return known
+        found = 0
+        if self._exists(OFFSETS):
+            self._load(OFFSETS)
+            rows = self._rows(OFFSETS, f'sink == "{_GENERATION}"', ["next_offset"])
+            found = max((int(row["next_offset"]) for row in rows), default=0)
+        self._generation, self._looked_at = found, now
+        return found
+
+    def use(self, generation: int) -> None:
+        """Let everybody use ``generation``: this process from its next call on, others within a second or so."""
+        with self._lock:
+            self.flush()
+            self._write_offsets(_GENERATION, {("", 0): generation})
+            if self.embedded:
+                self._do(partial(_flush, collection=OFFSETS))
+            self._generation = generation
+
+    def drop(self, collection: str) -> None:
+        """Drop a collection of chunks."""
+        with self._lock:
             self._do(partial(_drop, collection=collection))
+            self._loaded.discard(collection)
+            self._unflushed.pop(collection, None)
+
+    def rename(self, collection: str, name: str) -> None:
+        """Give a collection of chunks another name."""
+        with self._lock:
+            self.flush()
+            self._do(lambda client: client.rename_collection(collection, name))
             self._loaded.discard(collection)
             self._unflushed.pop(collection, None)
 
@@ -396,14 +425,12 @@ class MilvusStore:
         index.add_index("document_key", index_type="INVERTED")
         client.create_collection(collection, schema=schema, index_params=index)
 
-    def _rows(self, collection: str, where: str, fields: list[str]) -> list[dict[str, Any]]:
-        """The rows that ``where`` holds for as of now, 16,384 at most."""
+    def _rows(self, collection: str, where: str, fields: list[str], limit: int = _MOST_ROWS) -> list[dict[str, Any]]:
+        """The rows that ``where`` holds for as of now, ``limit`` at most."""
         # No query_iterator: Milvus Lite lacks a call that it makes, and it puts ids into filters as they are.
         return self._do(
             lambda client: list(
-                client.query(
-                    collection, filter=where, output_fields=fields, limit=_MOST_ROWS, consistency_level="Strong"
-                )
+                client.query(collection, filter=where, output_fields=fields, limit=limit, consistency_level="Strong")
             )
         )
 
@@ -434,7 +461,7 @@ def _create_offsets(client: Any) -> None:
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)  # Milvus has no collection without one
     index = client.prepare_index_params()
     index.add_index("vector", index_type="FLAT", metric_type="L2")
-    client.create_collection(_OFFSETS, schema=schema, index_params=index)
+    client.create_collection(OFFSETS, schema=schema, index_params=index)
 
 
 def _fitting(text: str) -> str:

@@ -22,8 +22,9 @@ from schemas.metadata import Envelope, Metadata
 from schemas.record import Record
 from sinks.errors import StoreBusyError, StoreError
 from sinks.milvus.memory import MilvusMemory
+from sinks.milvus.naming import collection_name
 from sinks.milvus.sink import MilvusSink
-from sinks.milvus.store import MilvusStore, collection_name
+from sinks.milvus.store import MilvusStore
 from sinks.sink import SinkRecord
 
 MILVUS_IMAGE = "milvusdb/milvus:v2.6.4"
@@ -133,7 +134,9 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def index(uri: str, request: pytest.FixtureRequest) -> Iterator[Index]:
     made = Index(uri, "model" + sha256(request.node.nodeid.encode()).hexdigest()[:8]).open()
-    made.sink.rebuild()
+    for collection in made.store.collections():
+        made.store.drop(collection)
+    made.store.forget_offsets("milvus")
     yield made
     made.close()
 
@@ -225,17 +228,6 @@ async def test_data_and_offsets_outlive_the_process(index: Index) -> None:
     index.open()
     assert index.sink.offsets() == {(TOPIC, 0): 3}
     assert await index.everything() == {"a", "b"}
-
-
-async def test_a_rebuild_starts_at_the_beginning(index: Index) -> None:
-    events = [*index.document("d1", "a", "b"), index.indexed("d1", "b")]
-    index.write(*events)
-    index.sink.rebuild()
-    assert index.sink.offsets() == {}
-    assert await index.everything() == set()
-    index.write(*events, at=0)
-    assert index.sink.offsets() == {(TOPIC, 0): len(events)}
-    assert await index.everything() == {"b"}
 
 
 async def test_equal_scores_are_ordered_by_id(index: Index) -> None:
