@@ -22,11 +22,14 @@ from replay.log import Batch, Log
 from replay.selection import Place, Selection, Span
 from schemas.codec import Codec
 from sinks.clickhouse import ClickHouse, ClickHouseProjection
-from sinks.rebuild import Progress, Projection, Rebuild
+from sinks.milvus.shadow import MilvusProjection
+from sinks.milvus.store import MilvusStore
+from sinks.rebuild import Progress, Rebuild
 
-__all__ = ["PROJECTIONS", "LogAfterArchive", "Options", "discard_clickhouse", "rebuild_clickhouse"]
+__all__ = ["STORES", "LogAfterArchive", "Options", "discard_store", "rebuild_store"]
 
-PROJECTIONS: Final = ("clickhouse",)
+STORES: Final = ("clickhouse", "milvus")
+"""The projections that are stores of their own."""
 
 Hold = Callable[[], AbstractContextManager[None]]
 
@@ -96,8 +99,12 @@ class LogAfterArchive:
                 yield Batch(batch.records, dict(positions))
 
 
-def rebuild_clickhouse(
-    clickhouse: ClickHouse,
+Store = ClickHouse | MilvusStore
+Opened = ClickHouseProjection | MilvusProjection
+
+
+def rebuild_store(
+    store: Store,
     options: Options,
     *,
     kafka: Mapping[str, Any],
@@ -107,35 +114,13 @@ def rebuild_clickhouse(
     on_progress: Progress = lambda *_: None,
     stopping: threading.Event | None = None,
 ) -> dict[str, Any]:
-    """Rebuild ``clickhouse``; the report as JSON can hold it.
+    """Rebuild the projection in ``store``; the report as JSON can hold it. ``hold`` holds its sink, where that is here.
 
     Raises:
         AlreadyRunningError: another process on this machine does so.
         SinkError, LogReadError: it could not be done; run again, it goes on.
     """
-    projection = ClickHouseProjection(clickhouse)
-    with only_one(lock_folder, projection.name), ExitStack() as closing:
-        closing.callback(projection.close)
-        return _rebuild(projection, options, kafka, codec, hold, on_progress, stopping)
-
-
-def discard_clickhouse(clickhouse: ClickHouse, *, lock_folder: Path) -> None:
-    """Drop what an earlier rebuild left unfinished."""
-    projection = ClickHouseProjection(clickhouse)
-    with only_one(lock_folder, projection.name):
-        projection.discard()
-
-
-def _rebuild(
-    projection: Projection,
-    options: Options,
-    kafka: Mapping[str, Any],
-    codec: Codec,
-    hold: Hold,
-    on_progress: Progress,
-    stopping: threading.Event | None,
-) -> dict[str, Any]:
-    with ExitStack() as closing:
+    with _projection(store, lock_folder) as projection, ExitStack() as closing:
         log = closing.enter_context(KafkaLog(kafka))
         archive = None if options.archive is None else closing.enter_context(ArchiveLog(options.archive))
         rebuild = Rebuild(
@@ -150,6 +135,24 @@ def _rebuild(
             stopping=stopping,
         )
         return rebuild.run().as_dict()
+
+
+def discard_store(store: Store, *, lock_folder: Path) -> dict[str, Any]:
+    """Drop what an earlier rebuild of ``store`` left unfinished."""
+    with _projection(store, lock_folder) as projection:
+        projection.discard()
+        return {"projection": projection.name, "discarded": True}
+
+
+@contextmanager
+def _projection(store: Store, lock_folder: Path) -> Iterator[Opened]:
+    kind = ClickHouseProjection if isinstance(store, ClickHouse) else MilvusProjection
+    with only_one(lock_folder, kind.name):
+        projection = ClickHouseProjection(store) if isinstance(store, ClickHouse) else MilvusProjection(store)
+        try:
+            yield projection
+        finally:
+            projection.close()
 
 
 @contextmanager

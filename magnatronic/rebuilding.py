@@ -5,19 +5,16 @@ In: requests, the process's stores and its live sinks. Out: jobs (:mod:`magnatro
 
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Any
 
 from magnatronic.errors import WrongInputError
 from magnatronic.jobs import Jobs, Tell, Work
-from magnatronic.rebuild import PROJECTIONS, Options, discard_clickhouse, rebuild_clickhouse
+from magnatronic.rebuild import STORES, Options, Store, discard_store, rebuild_store
 from magnatronic.roles import Workbench
 from schemas.codec import Codec
 from sinks.runner import SinkRunner
 
 __all__ = ["Rebuilds"]
-
-_ROLES: Final = {"clickhouse": "sink-clickhouse", "milvus": "sink-milvus"}
 
 
 class Rebuilds:
@@ -42,8 +39,8 @@ class Rebuilds:
 
     async def _begin(self, request: Mapping[str, Any]) -> dict[str, Any]:
         projection = str(request.get("projection"))
-        if projection not in PROJECTIONS:
-            raise WrongInputError(f"there is no projection {projection!r}; choose one of: {', '.join(PROJECTIONS)}")
+        if projection not in STORES:
+            raise WrongInputError(f"there is no projection {projection!r}; choose one of: {', '.join(STORES)}")
         options = Options.of(request)
         work = self._discard(projection) if request.get("discard") else self._rebuild(projection, options)
         return self.jobs.begin(f"rebuild {projection}", options.as_dict(), work).as_dict()
@@ -54,18 +51,18 @@ class Rebuilds:
             raise WrongInputError(f"there is no job {request.get('job')!r}; was the system started again since?")
         return job.as_dict()
 
-    def _hold(self, projection: str) -> Callable[[], AbstractContextManager[None]]:
-        return self._sinks[_ROLES[projection]].between_batches
+    def _store(self, projection: str) -> Store:
+        return self._workbench.clickhouse() if projection == "clickhouse" else self._workbench.milvus()
 
     def _rebuild(self, projection: str, options: Options) -> Work:
         def work(tell: Tell, stopping: threading.Event) -> dict[str, Any]:
-            return rebuild_clickhouse(
-                self._workbench.clickhouse(),
+            return rebuild_store(
+                self._store(projection),
                 options,
                 kafka=self._kafka(),
                 codec=self._codec,
                 lock_folder=self._workbench.settings.data_dir,
-                hold=self._hold(projection),
+                hold=self._sinks[f"sink-{projection}"].between_batches,
                 on_progress=tell,
                 stopping=stopping,
             )
@@ -74,7 +71,6 @@ class Rebuilds:
 
     def _discard(self, projection: str) -> Work:
         def work(_: Tell, __: threading.Event) -> dict[str, Any]:
-            discard_clickhouse(self._workbench.clickhouse(), lock_folder=self._workbench.settings.data_dir)
-            return {"projection": projection, "discarded": True}
+            return discard_store(self._store(projection), lock_folder=self._workbench.settings.data_dir)
 
         return work

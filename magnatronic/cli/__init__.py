@@ -31,7 +31,7 @@ COMMANDS: Final = {
     "topics": ("magnatronic.cli.inspect", "Show the topics as they are on the cluster."),
     "trace": ("magnatronic.cli.trace", "Show what led to what in a task, or what stood at any moment."),
     "dlq": ("magnatronic.cli.dlq", "Dead letters: list them, look into them, send them again, give them up."),
-    "rebuild": ("magnatronic.cli.rebuild", "Make ClickHouse again from the log, compare, and switch over."),
+    "rebuild": ("magnatronic.cli.rebuild", "Make a projection again from the log, compare, and switch over."),
     "archive": ("magnatronic.cli.archive", "Write the log to Parquet files in a chain of hashes, and verify them."),
     "replay": ("magnatronic.cli.replay", "Decide recorded history again: prove it, or try another future."),
 }

@@ -26,7 +26,7 @@ Tell = Callable[[str, int, int], None]
 
 
 @click.command()
-@click.argument("projection", type=click.Choice(["clickhouse"]))
+@click.argument("projection", type=click.Choice(["clickhouse", "milvus"]))
 @click.option("--accept", is_flag=True, help="Switch over though the new one differs from the one in use.")
 @click.option("--keep", is_flag=True, help="Keep what was in use, under another name.")
 @click.option("--carry", is_flag=True, help="Take over rows that are older than the log, as they are.")
@@ -74,25 +74,28 @@ def _run(projection: str, options: "Options", settings: "Settings", tell: Tell, 
     try:
         return _asked(projection, options, settings, tell, discard=discard)
     except NotRunningError:
-        if settings.clickhouse_url is None:
+        if not (settings.clickhouse_url if projection == "clickhouse" else settings.milvus_uri):
             raise
     from magnatronic.discovery import find_system
-    from magnatronic.rebuild import discard_clickhouse, rebuild_clickhouse
-    from sinks.clickhouse import ClickHouse
+    from magnatronic.rebuild import discard_store, rebuild_store
+    from magnatronic.roles import Workbench
 
-    with ClickHouse(settings.clickhouse_url) as clickhouse:
+    workbench = Workbench(settings)
+    try:
+        store = workbench.clickhouse() if projection == "clickhouse" else workbench.milvus()
         if discard:
-            discard_clickhouse(clickhouse, lock_folder=settings.data_dir)
-            return {}
+            return discard_store(store, lock_folder=settings.data_dir)
         found = find_system(settings.data_dir)
-        return rebuild_clickhouse(
-            clickhouse,
+        return rebuild_store(
+            store,
             options,
             kafka=found.kafka,
             codec=found.codec(),
             lock_folder=settings.data_dir,
             on_progress=tell,
         )
+    finally:
+        workbench.close()
 
 
 def _asked(projection: str, options: "Options", settings: "Settings", tell: Tell, *, discard: bool) -> dict[str, Any]:

@@ -137,3 +137,30 @@ def test_clickhouse_is_made_again_though_it_is_killed_on_the_way(
         mended = clickhouse.read("SELECT count(), sum(cityHash64(*)) FROM event_log FINAL WHERE topic = 'audit'")
         assert mended == good
         assert clickhouse.read("SELECT name FROM system.databases WHERE name LIKE '%rebuild%'") == []
+
+
+def test_the_index_is_made_again_while_questions_are_answered(
+    up_on: "Callable[[Path], UpProcess]", system_on: Any, tmp_path: Path, corpus: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    up = up_on(data_dir)
+    up.start()
+    run = system_on(up).run
+    assert run("ingest", str(corpus)).returncode == 0
+    assert call(data_dir, "catch_up", timeout=60)
+    done = run("rebuild", "milvus")
+    assert done.returncode == 0, done.stderr
+    assert "Both are the same" in done.stdout
+    assert "Ada Lamp" in run("ask", "Who invented widgets?").stdout
+    up.kill()
+
+    up.start()
+    (corpus / "doodads.txt").write_text("A doodad is a lamp that glows in the rain. Doodads were made in Sussex.\n")
+    assert run("ingest", str(corpus)).returncode == 0
+    answer = run("ask", "Where were doodads made?")
+    assert "Sussex" in answer.stdout, answer.stderr
+    report = rebuilt(data_dir, "milvus")
+    assert report["equal"]
+    assert report["switched"]
+    assert report["compared"][0]["stored_rows"] > 4
+    assert "1901" in run("ask", "When were widgets invented?").stdout
