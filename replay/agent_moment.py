@@ -80,7 +80,6 @@ async def agent_then(
         f"Agent {station.agent.name} at {time.isoformat()}",
         {
             "versions": ", ".join(sorted(versions | seen.versions)) or None,
-            "instances": len(instances),
             f"open {_of(station)}": len(keys),
             "open lanes shown": len(lanes),
         },
