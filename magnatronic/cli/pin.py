@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from magnatronic.histories import History
     from replay.decide import Decided
     from replay.golden import Pinned
-    from replay.history import TaskHistory
+    from replay.history import Entry, TaskHistory
 
 __all__ = ["pin"]
 
@@ -74,6 +74,8 @@ def pin(
     if path.exists():
         raise WrongInputError(f"there is a {path} already; give another --name, or delete it first")
     with open_history(data_dir, archive) as opened:
+        # A file under version control would outlive the keys of whom it is about: what is personal stays sealed in it.
+        opened.codec.cipher = None
         found = _read(opened, id_, out)
         pinned, decided = asyncio.run(
             pin_history(
@@ -100,8 +102,18 @@ def _read(opened: "History", id_: str, out: Output) -> "TaskHistory":
 
 def _refuse_unclean(found: "TaskHistory", decided: "Decided", reason: str) -> None:
     from replay.golden import CLEAN
+    from schemas.events import TaskCancelled, TaskCompleted, TaskExpired, TaskFailed
 
-    wrong = [str(finding) for finding in decided.findings]
+    outcomes = TaskCompleted, TaskFailed, TaskExpired, TaskCancelled
+    wrong = []
+    if subjects := {each for entry in found.entries for each in _subjects(entry)}:
+        wrong.append(
+            f"it is about {'a data subject' if len(subjects) == 1 else f'{len(subjects)} data subjects'}, and what is "
+            "personal stays sealed in the file, so that it can't be decided again"
+        )
+    if found.kind == "task" and not any(isinstance(entry.event, outcomes) for entry in found.entries):
+        wrong.append("the task has no outcome")
+    wrong += [str(finding) for finding in decided.findings]
     wrong += [
         f"{step.agent} on {type(step.envelope.event).__name__} {step.envelope.metadata.id}: {step.verdict.value}"
         for step in decided.steps
@@ -115,6 +127,10 @@ def _refuse_unclean(found: "TaskHistory", decided: "Decided", reason: str) -> No
             f"{found.kind} {found.id} does not audit clean: {'; '.join(wrong[:_TOLD])}{more}. "
             "If it is to be kept all the same, say why: --force REASON"
         )
+
+
+def _subjects(entry: "Entry") -> tuple[str, ...]:
+    return () if entry.envelope is None else entry.envelope.metadata.data_subjects
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The running system as its users meet it: every command against one `magnatronic up`."""
 
+import asyncio
 import json
 import os
 import select
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+
+from magnatronic.roles import stations
+from replay.golden import check, load
+from schemas.codec import Codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +114,15 @@ def test_submit_then_watch_then_replay(system: "SystemForTests") -> None:
 
 
 EFFECTS = {"LlmCalled", "ToolCalled", "MemoryRecalled", "TextsEmbedded", "Queried"}
+
+
+def test_a_task_is_pinned_as_it_lies_in_the_log(system: "SystemForTests", tmp_path: Path) -> None:
+    task_id = as_json(system.run("ask", "What is a widget?", "--json"))["task_id"]
+    said = as_json(system.run("replay pin", task_id, "--to", str(tmp_path), "--name", "widget", "--json"))
+    assert set(said["agents"]) == {"decomposer", "coordinator", "retriever", "overseer"}
+    history = load(tmp_path / "widget.jsonl")
+    assert (history.id, len(history.records)) == (task_id, said["records"])
+    assert asyncio.run(check(history, stations=stations(), codec=Codec())) == []
 
 
 def test_the_same_task_id_makes_no_second_task(system: "SystemForTests") -> None:

@@ -4,21 +4,27 @@ import asyncio
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from magnatronic.cli import main
+from magnatronic.keys.file import FileKeys
 from replay.archive import Archiver, Header
 from replay.golden import check, load
 from replay.log import ALL, Batch, Log, Progress
 from replay.selection import Place, Selection, Span
 from schemas.codec import Codec
+from schemas.encryption import SubjectCipher
+from schemas.events import TaskSubmitted
+from schemas.metadata import Metadata
 from schemas.record import Record
 from schemas.topics import all_topics
 from tests.replay.stations import system_stations
 
+AT: Final = datetime(2026, 1, 1, tzinfo=UTC)
 HISTORIES: Final = Path(__file__).parent / "histories"
 
 
@@ -150,12 +156,41 @@ def test_a_history_that_does_not_audit_clean_needs_a_reason(run: Run, failing: P
     assert asyncio.run(check(pinned, stations=system_stations(), codec=Codec())) == [], "it stays as wrong as it was"
 
 
+def test_what_is_personal_stays_sealed_though_the_keys_are_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = FileKeys(tmp_path / "keys")
+    monkeypatch.setenv("MAGNATRONIC_DATA_DIR", str(tmp_path))
+    key_id = keys.key_for("ada@example.org")
+    about = Metadata("e1", "/clients/test", "t1", AT, correlation_id="t1", data_subjects=(key_id,))
+    event = TaskSubmitted(task_id="t1", objective="What does Ada Lovelace owe?")
+    value, headers = Codec(cipher=SubjectCipher(keys)).encode(event, about)
+    record = Record("tasks.normal", 0, 0, 1_767_225_600_000, b"t1", value, headers)
+    folder = tmp_path / "archive"
+    with Archiver(folder, Header("test", "none"), PinnedLog([record]), Codec()) as archiver:
+        archiver.run()
+    code, out, errors = run(folder, "t1")
+    assert (code, out) == (2, "")
+    assert "it is about a data subject, and what is personal stays sealed in the file" in errors
+    code, _, _ = run(folder, "t1", "--force", "shows a sealed task")
+    assert code == 0
+    path = Path("tests", "replay", "histories", "t1.jsonl")
+    assert "Lovelace" not in path.read_text(encoding="utf-8")
+    pinned = load(path)
+    assert pinned.records == (record,)
+    assert [step.verdict for step in pinned.steps] == ["erased"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nobody"], "the log holds no task 'nobody'"),
         (["nobody", "--name", "///"], "'///' can't name a file"),
-        (["unreadable-task", "--to", "/dev/null/x"], "can't be written"),
+        ([load(HISTORIES / "answer.jsonl").id, "--to", "/dev/null/x"], "can't be written"),
+        (
+            ["unreadable-task"],
+            "task unreadable-task does not audit clean: the task has no outcome. If it is to be kept",
+        ),
         ([], "Missing argument 'ID'"),
     ],
 )
