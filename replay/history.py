@@ -6,7 +6,7 @@ its steps, the dead letters of its records and what became of them, in the order
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 from replay.errors import UnknownTaskError
@@ -15,7 +15,7 @@ from replay.recorded import redriven_for
 from replay.selection import Selection
 from schemas.codec import Codec
 from schemas.errors import SchemaError
-from schemas.events import DeadLettered, DeadLetterResolved, Event, StepCancelRequested
+from schemas.events import DeadLettered, DeadLetterResolved, Event, StepCancelRequested, TaskSubmitted
 from schemas.metadata import Envelope
 from schemas.record import Record
 from schemas.topics import TOPICS, topic_of
@@ -25,6 +25,10 @@ __all__ = ["Entry", "Kind", "TaskHistory", "decoded", "read_history"]
 Kind = Literal["task", "document"]
 
 _EFFECTS: Final = "effects"
+_SUBMISSIONS: Final = frozenset(topic_of(TaskSubmitted).names())
+_MARGIN: Final = timedelta(hours=1)
+"""How far before a task's submission its records are looked for: brokers' clocks differ, and orders can overtake it.
+A task of today is then found without reading years of others'."""
 _CONTROL: Final = topic_of(StepCancelRequested).name
 _DEAD_LETTERS: Final = topic_of(DeadLettered).name
 
@@ -68,6 +72,11 @@ class Entry:
         return f"{self.record.topic}[{self.record.partition}]@{self.record.offset}"
 
     @property
+    def erased(self) -> bool:
+        """Whether its personal fields can't be read any more, and are blank."""
+        return self.envelope is not None and self.envelope.erased
+
+    @property
     def redriven_for(self) -> str:
         """The agent that a dead letter's record was sent again for; empty for all others."""
         return redriven_for(self.record)
@@ -108,10 +117,15 @@ def read_history(log: Log, id_: str, codec: Codec, *, on_progress: Progress | No
     """
     held = frozenset(topic for topic, _ in log.spans())  # an archive need not hold all topics
     kind: Kind = "task"
-    found = _keyed(log, id_, codec, held & _topics("task_id"), on_progress)
+    of_tasks = held & _topics("task_id")
+    found = _keyed(log, id_, codec, of_tasks & _SUBMISSIONS)
+    since = min((entry.time for entry in found), default=None)
+    if since is not None:
+        since -= _MARGIN
+    found += _keyed(log, id_, codec, of_tasks - _SUBMISSIONS, since, on_progress)
     if all(entry.record.topic == _EFFECTS for entry in found):
         # Effects of documents have the same topic and a document's key.
-        found += _keyed(log, id_, codec, held & _topics("document_id"), on_progress)
+        found += _keyed(log, id_, codec, held & _topics("document_id"), None, on_progress)
         kind = "document"
     if not found:
         raise UnknownTaskError(
@@ -119,7 +133,7 @@ def read_history(log: Log, id_: str, codec: Codec, *, on_progress: Progress | No
             '`magnatronic query "select * from tasks"` lists tasks, `magnatronic trace --memory` documents'
         )
     return TaskHistory(
-        id_, kind, in_order([*found, *_beside(log, id_, found, codec, held & {_CONTROL, _DEAD_LETTERS})])
+        id_, kind, in_order([*found, *_beside(log, id_, found, codec, held & {_CONTROL, _DEAD_LETTERS}, since)])
     )
 
 
@@ -139,17 +153,26 @@ def _topics(key: str) -> frozenset[str]:
     return frozenset(name for topic in TOPICS if topic.key == key for name in topic.names())
 
 
-def _keyed(log: Log, id_: str, codec: Codec, topics: frozenset[str], on_progress: Progress | None) -> list[Entry]:
-    selection = Selection(topics=topics, tasks=frozenset((id_,)))
+def _keyed(
+    log: Log,
+    id_: str,
+    codec: Codec,
+    topics: frozenset[str],
+    since: datetime | None = None,
+    on_progress: Progress | None = None,
+) -> list[Entry]:
+    selection = Selection(topics=topics, tasks=frozenset((id_,)), since=since)
     batches = log.read(selection, on_progress=on_progress) if topics else ()
     return [decoded(record, codec) for batch in batches for record in batch.records]
 
 
-def _beside(log: Log, id_: str, found: Sequence[Entry], codec: Codec, topics: frozenset[str]) -> list[Entry]:
+def _beside(
+    log: Log, id_: str, found: Sequence[Entry], codec: Codec, topics: frozenset[str], since: datetime | None
+) -> list[Entry]:
     """What concerns the task under other keys: orders to stop, dead letters of its records, what became of them."""
     places = {(entry.record.topic, entry.record.partition, entry.record.offset) for entry in found}
     beside = []
-    for batch in log.read(Selection(topics=topics)) if topics else ():
+    for batch in log.read(Selection(topics=topics, since=since)) if topics else ():
         for record in batch.records:
             if record.topic == _CONTROL and dict(record.headers).get("ce_correlationid") != id_.encode():
                 continue

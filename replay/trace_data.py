@@ -54,6 +54,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "decided_for": None if metadata is None else metadata.time.isoformat(),
         "causation_id": "" if metadata is None else metadata.causation_id,
         "redriven_for": entry.redriven_for,
+        "erased": entry.erased,
         "error": entry.error,
         "event": None if entry.event is None else entry.event.model_dump(mode="json", exclude=_VECTORS),
     }

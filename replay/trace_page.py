@@ -141,14 +141,19 @@ def _entry(trace: Trace, entry: Entry) -> Html:
     if isinstance(entry.event, Effect):
         took = f"{entry.event.latency_ms:,.0f} ms"
         failed = inline(badge("failed", "bad"), error_of(entry.event)) if entry.event.error else None
-        return inline(kind, call_in_words(entry.event), muted(took), failed)
+        return inline(kind, call_in_words(entry.event), muted(took), failed, _erased(entry))
     return inline(
         muted(_after(trace, entry)),
         kind,
         entry.error if entry.event is None else say(entry.event),
         badge(f"sent again for {entry.redriven_for}", "warn") if entry.redriven_for else None,
         badge("no answer yet", "warn") if is_unanswered(trace, entry) else None,
+        _erased(entry),
     )
+
+
+def _erased(entry: Entry) -> Html | None:
+    return badge("erased", "warn") if entry.erased else None
 
 
 def _decision(trace: Trace, decision: Decision) -> Html:

@@ -125,7 +125,7 @@ def _entry(trace: Trace, entry: Entry) -> Text:
     if isinstance(entry.event, Effect):
         took = f"  {entry.event.latency_ms:,.0f} ms"
         failed = (f"  failed: {shorten(error_of(entry.event))}", "red") if entry.event.error else ""
-        return _said((f"{entry.type} ", style), call_in_words(entry.event), (took, "dim"), failed)
+        return _said((f"{entry.type} ", style), call_in_words(entry.event), (took, "dim"), failed, _erased(entry))
     said = entry.error if entry.event is None else say(entry.event)
     return _said(
         (f"+{(entry.time - trace.began).total_seconds():.3f} s  ", "dim"),
@@ -133,7 +133,12 @@ def _entry(trace: Trace, entry: Entry) -> Text:
         f"  {said}",
         (f"  sent again for {entry.redriven_for}", "yellow") if entry.redriven_for else "",
         ("  no answer yet", "yellow") if is_unanswered(trace, entry) else "",
+        _erased(entry),
     )
+
+
+def _erased(entry: Entry) -> tuple[str, str]:
+    return "  erased" if entry.erased else "", "yellow"
 
 
 def _decision(decision: Decision) -> Text:

@@ -529,3 +529,27 @@ def test_every_record_of_a_real_history_is_told_once(path: Path) -> None:
     assert sum((hop.total for hop in found.path), timedelta()) <= found.wall
     assert trace_page(found)
     json.dumps(trace_as_dict(found))
+
+
+def test_records_of_a_task_are_looked_for_from_shortly_before_it() -> None:
+    tape = Tape()
+    tape.add(TaskCancelRequested(task_id="t1", requested_by="me"), -60_000)
+    tape.add(assigned(7), -24 * 3_600_000, by="coordinator@2")
+    begun(tape)
+    assert [entry.type for entry in trace(tape).history.entries] == [
+        "TaskCancelRequested",
+        "TaskSubmitted",
+        "PlanProposed",
+    ]
+
+
+def test_what_was_erased_says_so() -> None:
+    tape = whole_task()
+    history = read_history(tape.log(), "t1", CODEC)
+    blank = [
+        Entry(entry.record, replace(entry.envelope, erased=True)) if entry.envelope is not None else entry
+        for entry in history.entries
+    ]
+    found = trace_of(replace(history, entries=tuple(blank)))
+    assert trace_page(found).count(">erased<") == len(blank)
+    assert all(entry["erased"] for entry in trace_as_dict(found)["entries"])
