@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, inflight, latency, monitor, pipeline, priority, restore, sinks, slow, step
+from bench import codec, inflight, latency, log, monitor, pipeline, priority, restore, sinks, slow, step
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -18,7 +18,8 @@ __all__ = ["PARTS", "Part", "Scale"]
 @dataclass(frozen=True, slots=True)
 class Scale:
     """How much is measured: events of the typed step, rows of a sink's round, tasks, lanes of a changelog, rounds,
-    seconds of a probe, seconds of a slow handler and the quick ones beside it, calls in flight, a backlog and probes.
+    seconds of a probe, seconds of a slow handler and the quick ones beside it, calls in flight, a backlog and probes,
+    events of the longest history.
     """
 
     events: int = 100_000
@@ -33,6 +34,7 @@ class Scale:
     calls: int = 40_000
     backlog: int = 100_000
     probes: int = 100
+    history: int = 1_000_000
     is_quick: bool = False
 
     @classmethod
@@ -51,6 +53,7 @@ class Scale:
             calls=12_000,
             backlog=20_000,
             probes=20,
+            history=20_000,
             is_quick=True,
         )
 
@@ -106,6 +109,10 @@ def _restore(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return restore.measure(bootstrap_servers, lanes=scale.lanes, rounds=scale.rounds, log=_log)
 
 
+def _history(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return log.measure(bootstrap_servers, events=scale.history, rounds=scale.rounds, log=_log)
+
+
 def _monitor(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return monitor.measure(bootstrap_servers, samples=scale.events)
 
@@ -124,6 +131,7 @@ PARTS: tuple[Part, ...] = (
     Part("clickhouse", True, _clickhouse),
     Part("milvus", True, _milvus),
     Part("restore", True, _restore),
+    Part("log", True, _history),
     Part("monitor", True, _monitor),
     Part("pipeline", False, _pipeline),
 )
