@@ -10,13 +10,14 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from magnatronic.errors import AlreadyRunningError, WrongInputError
 from replay.archive import ArchiveLog
+from replay.joined import JoinedLog
 from replay.kafka_log import KafkaLog
 from replay.log import Batch, Log
 from replay.selection import Place, Selection, Span
@@ -26,10 +27,13 @@ from sinks.milvus.shadow import MilvusProjection
 from sinks.milvus.store import MilvusStore
 from sinks.rebuild import Progress, Rebuild
 
-__all__ = ["STORES", "LogAfterArchive", "Options", "discard_store", "rebuild_store"]
+__all__ = ["STORES", "Options", "Stretches", "discard_store", "only_one", "opened_log", "rebuild_store"]
 
 STORES: Final = ("clickhouse", "milvus")
 """The projections that are stores of their own."""
+
+STATE: Final = "state"
+"""What agents keep between events: no store, but changelogs (:mod:`magnatronic.state_rebuild`)."""
 
 Hold = Callable[[], AbstractContextManager[None]]
 
@@ -58,45 +62,30 @@ class Options:
         return {"accept": self.accept, "carry": self.carry, "keep": self.keep, "archive": archive}
 
 
-class LogAfterArchive:
-    """A :class:`sinks.rebuild.History`: what ``archive`` holds, and from where ``log`` begins, the log."""
+class Stretches:
+    """A :class:`sinks.rebuild.History` made of a log."""
 
-    def __init__(self, log: Log, archive: ArchiveLog | None) -> None:
+    def __init__(self, log: Log) -> None:
         self._log = log
-        self._archive = archive
 
     def spans(self, topics: Sequence[str]) -> dict[Place, Span]:
-        """As of both. Of an archive only that counts which reaches without a gap to where the log begins."""
-        spans = self._log.spans(topics)
-        if self._archive is None:
-            return spans
-        archived = self._archive.spans()
-        for gap in self._archive.gaps:
-            place = gap.topic, gap.partition
-            first, last = archived[place]
-            archived[place] = max(first, gap.end), last
-        for place, (begin, end) in spans.items():
-            first, last = archived.get(place, (begin, begin))
-            if first < begin <= last:
-                spans[place] = first, end
-        return spans
+        """What it holds now."""
+        return self._log.spans(topics)
 
     def read(self, spans: Mapping[Place, Span]) -> Iterator[Batch]:
-        """The archive's part, then the log's."""
-        positions = {place: first for place, (first, _) in spans.items()}
-        held = self._log.spans(sorted({topic for topic, _ in spans}))
-        parts: list[tuple[Log, dict[Place, Span]]] = []
-        if self._archive is not None:
-            older = {place: (first, min(end, held[place][0])) for place, (first, end) in spans.items()}
-            parts.append((self._archive, {place: span for place, span in older.items() if span[0] < span[1]}))
-            spans = {place: (max(first, older[place][1]), end) for place, (first, end) in spans.items()}
-        parts.append((self._log, {place: span for place, span in spans.items() if span[0] < span[1]}))
-        for log, part in parts:
-            if not part:
-                continue
-            for batch in log.read(Selection(spans=part)):
-                positions |= batch.positions
-                yield Batch(batch.records, dict(positions))
+        """Its records."""
+        return self._log.read(Selection(spans=spans))
+
+
+@contextmanager
+def opened_log(kafka: Mapping[str, Any], archive: Path | None) -> Iterator[Log]:
+    """The log, and before it the archive where one is given.
+
+    Raises:
+        ArchiveError: there is no archive, or it is damaged.
+    """
+    with KafkaLog(kafka) as log:
+        yield log if archive is None else JoinedLog(ArchiveLog(archive), log)
 
 
 Store = ClickHouse | MilvusStore
@@ -120,12 +109,10 @@ def rebuild_store(
         AlreadyRunningError: another process on this machine does so.
         SinkError, LogReadError: it could not be done; run again, it goes on.
     """
-    with _projection(store, lock_folder) as projection, ExitStack() as closing:
-        log = closing.enter_context(KafkaLog(kafka))
-        archive = None if options.archive is None else closing.enter_context(ArchiveLog(options.archive))
+    with _projection(store, lock_folder) as projection, opened_log(kafka, options.archive) as log:
         rebuild = Rebuild(
             projection,
-            LogAfterArchive(log, archive),
+            Stretches(log),
             codec,
             hold=hold,
             accept=options.accept,

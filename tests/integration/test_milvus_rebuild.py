@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 
-from magnatronic.rebuild import LogAfterArchive
+from magnatronic.rebuild import Stretches
 from replay.kafka_log import KafkaLog
 from schemas.codec import Codec
 from schemas.events import ChunkEmbedded, DocumentIndexed, Event
@@ -116,8 +116,7 @@ class World:
         projection = MilvusProjection(self.store, [self.topic])
         try:
             with KafkaLog(self.kafka.config) as log:
-                history = LogAfterArchive(log, None)
-                return Rebuild(projection, history, self.codec, hold=runner.between_batches).run()
+                return Rebuild(projection, Stretches(log), self.codec, hold=runner.between_batches).run()
         finally:
             projection.close()
 
