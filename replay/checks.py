@@ -15,15 +15,28 @@ from agents.agent import Failure
 from replay.difference import Change, changes, text_diff, told
 from replay.evolution import is_same_by_older_schema
 from replay.findings import NOT_DECIDED, Finding, FindingKind, OutputCheck, record_hash
-from schemas.codec import Encoded
+from schemas.codec import Codec, Encoded
 from schemas.events import DeadLettered, Effect, LlmCalled
 from schemas.metadata import Envelope, deterministic_id, request_hash
 from schemas.record import Header, Record
 
-__all__ = ["Outcome", "Report", "compare_outputs", "effect_faults", "letter_faults", "recorded_checks", "unrecorded"]
+__all__ = [
+    "HashOf",
+    "Outcome",
+    "Report",
+    "compare_outputs",
+    "effect_faults",
+    "letter_faults",
+    "output_difference",
+    "recorded_checks",
+    "unrecorded",
+]
 
 Report = Callable[..., Finding]
 """Makes a finding of the step at hand: ``report(kind, message, field="", diff="")``."""
+
+HashOf = Callable[[Record], str]
+"""Gives a record's hash (:func:`replay.findings.record_hash`)."""
 
 _ERROR_KEPT: Final = 4000
 _FROM_RESPONSE: Final = ("provider", "model", "prompt_tokens", "completion_tokens", "cost_usd")
@@ -37,7 +50,7 @@ class Outcome:
     def __init__(self) -> None:
         self.checks: list[OutputCheck] = []
         self.findings: list[Finding] = []
-        self.sent: list[tuple[OutputCheck, Finding]] = []
+        self.sent: list[tuple[OutputCheck, Finding, Encoded]] = []
 
 
 def compare_outputs(
@@ -46,6 +59,7 @@ def compare_outputs(
     key: str,
     report: Report,
     gone: Callable[[str], bool],
+    hash_of: HashOf,
 ) -> Outcome:
     """Match outputs by event id; what stands on one side only has no hash on the other.
 
@@ -61,7 +75,7 @@ def compare_outputs(
         found = by_id.get(envelope.metadata.id)
         if found:
             record, was = found.pop(0)
-            outcome.checks.append(_check(topic, subject, envelope, encoded, record, was, outcome, report))
+            outcome.checks.append(_check(topic, subject, envelope, encoded, record, was, outcome, report, hash_of))
             continue
         hashed = record_hash(topic, subject.encode(), encoded.value, encoded.headers)
         name = type(envelope.event).__name__
@@ -77,10 +91,10 @@ def compare_outputs(
         if subject == key:
             outcome.findings.append(missing)
         else:
-            outcome.sent.append((check, missing))
+            outcome.sent.append((check, missing, encoded))
     for left in by_id.values():
         for record, envelope in left:
-            _unexpected(record, envelope, outcome, report)
+            _unexpected(record, envelope, outcome, report, hash_of)
     return outcome
 
 
@@ -93,10 +107,11 @@ def _check(
     was: Envelope,
     outcome: Outcome,
     report: Report,
+    hash_of: HashOf,
 ) -> OutputCheck:
     key = subject.encode()
     name = type(envelope.event).__name__
-    recorded_hash = record_hash(record.topic, record.key, record.value, record.headers)
+    recorded_hash = hash_of(record)
     if (record.key == key and record.topic == topic) and (
         (record.value == encoded.value and _decided(record.headers) == _decided(encoded.headers))
         or is_same_by_older_schema(record, was, envelope, encoded)
@@ -140,10 +155,9 @@ def _decided(headers: Sequence[Header] | Sequence[tuple[str, bytes]]) -> list[An
     return [header for header in headers if header[0] != NOT_DECIDED]
 
 
-def _unexpected(record: Record, envelope: Envelope, outcome: Outcome, report: Report) -> None:
+def _unexpected(record: Record, envelope: Envelope, outcome: Outcome, report: Report, hash_of: HashOf) -> None:
     name, place = type(envelope.event).__name__, f"{record.topic}[{record.partition}]@{record.offset}"
-    hashed = record_hash(record.topic, record.key, record.value, record.headers)
-    outcome.checks.append(OutputCheck(name, envelope.metadata.id, record.topic, hashed, None))
+    outcome.checks.append(OutputCheck(name, envelope.metadata.id, record.topic, hash_of(record), None))
     outcome.findings.append(
         report(
             FindingKind.OUTPUT_UNEXPECTED,
@@ -153,11 +167,23 @@ def _unexpected(record: Record, envelope: Envelope, outcome: Outcome, report: Re
     )
 
 
-def recorded_checks(outputs: Sequence[tuple[Record, Envelope]]) -> tuple[OutputCheck, ...]:
+def output_difference(codec: Codec, topic: str, encoded: Encoded, record: Record) -> tuple[str, str] | None:
+    """In what a recorded output differs from the decided one of the same id: the first field and a diff; None when it
+    does not.
+    """
+    key = dict(encoded.headers).get("ce_subject", b"")
+    decided = Record(topic, record.partition, record.offset, record.timestamp_ms, key, *encoded)
+    if record_hash(topic, key, *encoded) == record_hash(record.topic, record.key, record.value, record.headers):
+        return None
+    found = _differences(topic, key, codec.decode(decided), encoded, record, codec.decode(record))
+    return found[0].path, told(found)
+
+
+def recorded_checks(outputs: Sequence[tuple[Record, Envelope]], hash_of: HashOf) -> tuple[OutputCheck, ...]:
     """Checks of outputs that are not decided again: their recorded hashes stand for both."""
     checks = []
     for record, envelope in outputs:
-        hashed = record_hash(record.topic, record.key, record.value, record.headers)
+        hashed = hash_of(record)
         checks.append(OutputCheck(type(envelope.event).__name__, envelope.metadata.id, record.topic, hashed, hashed))
     return tuple(checks)
 

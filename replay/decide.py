@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from agents.agent import Agent
 from replay.findings import Decided, DecidedStep, Finding, FindingKind, OutputCheck, Verdict, record_hash
 from replay.guard import Guard
-from replay.recorded import by_time, version_of
+from replay.recorded import agent_of, by_time, version_of
 from replay.steps import KeySteps, Station
 from schemas.codec import Codec
 from schemas.metadata import Envelope
@@ -92,6 +92,8 @@ class Deciding:
         for station in stations:
             for topic in station.topics:
                 self._by_topic.setdefault(topic, []).append(station)
+        self.hashes: dict[tuple[str, int, int], str] = {}
+        """Hashes of records that are known already, by topic, partition and offset."""
         self._versions: dict[tuple[str, str], Agent[Any]] = {}
 
     async def decide(self, records: Sequence[tuple[Record, Envelope]]) -> Decided:
@@ -101,7 +103,7 @@ class Deciding:
         with nullcontext() if self.guard is None else self.guard.installed():
             for step in steps:
                 await key.step(step)
-        strays = tuple(item for item in key.recorded.rest() if item[1].metadata.causation_id not in key.known)
+        strays = tuple(item for item in key.recorded.rest() if agent_of(item[1].metadata.source) in self.agents)
         return Decided(tuple(key.steps), key.states, tuple(key.sent), strays)
 
     def version(self, agent: Agent[Any], source: str) -> Agent[Any]:
@@ -125,3 +127,8 @@ class Deciding:
         """Whether the topic may have deleted what came of the record."""
         kept = _KEPT_MS.get(topic)
         return kept is not None and record.timestamp_ms < self._now_ms - kept
+
+    def hash_of(self, record: Record) -> str:
+        """The record's hash."""
+        known = self.hashes.get((record.topic, record.partition, record.offset))
+        return known or record_hash(record.topic, record.key, record.value, record.headers)

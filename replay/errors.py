@@ -8,6 +8,7 @@ ReplayError
 │       ├── ArchiveGapError      retention deleted what was to be archived
 │       └── ArchiveBusyError     another process writes it
 ├── PinnedFileError         a golden history's file can't be read, is none, or may not be written
+├── ReportError             a file is no audit report, or one of another release
 ├── UnknownIdError          no record is about what was asked for
 │   └── UnknownTaskError    no record carries the task's id
 ├── WhatIfError             a what-if can't be run, or not gone on with
@@ -24,6 +25,7 @@ __all__ = [
     "OpenTaskError",
     "PinnedFileError",
     "ReplayError",
+    "ReportError",
     "UnknownIdError",
     "UnknownTaskError",
     "WhatIfError",
@@ -76,3 +78,7 @@ class OpenTaskError(ReplayError):
 
 class WhatIfError(ReplayError):
     """The what-if can't be run as it was asked for, or its folder can't be used."""
+
+
+class ReportError(ReplayError):
+    """A file is no audit report, or one that this release can't read."""

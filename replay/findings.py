@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any, Final
 
 from agents.step import LaneState, StepResult
+from schemas.codec import Encoded
 from schemas.events import Effect
 from schemas.frozen import frozen
 from schemas.metadata import Envelope
@@ -164,6 +165,7 @@ class Sent:
     missing: Finding
     step: int
     """Its place in :attr:`Decided.steps`."""
+    encoded: Encoded
 
 
 @frozen
@@ -171,7 +173,7 @@ class Decided:
     """All steps of some records in the order of the log, and the states that they left.
 
     ``states`` are by (agent, topic, partition, lane). ``sent`` are outputs with other keys that have to be looked for
-    elsewhere; ``strays`` recorded outputs of known agents whose cause is not among the records.
+    elsewhere; ``strays`` outputs and effects of the agents that no step has caused.
     """
 
     steps: tuple[DecidedStep, ...]

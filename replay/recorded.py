@@ -133,7 +133,8 @@ class Recorded:
         """
         step = agent, event_id
         letter = self._letters.get((agent, record.topic, record.partition, record.offset))
-        effects, outputs = self._effects.pop(step, ()), self._outputs.pop(step, ())
+        effects: History = self._effects.pop(step, ())
+        outputs: History = self._outputs.pop(step, ())
         if step in self._redriven or more:
             effects, outputs = self._mine(step, record, effects, outputs, more)
         if len(effects) > 1:
@@ -153,7 +154,11 @@ class Recorded:
             # Written twice by its producer: each handling counts its effects from 0, and names its outputs alike.
             runs = _runs(effects)
             mine, seen = list(runs[0]) if runs else [], set[str]()
-            made = [item for item in outputs if not (item[1].metadata.id in seen or seen.add(item[1].metadata.id))]
+            made = []
+            for item in outputs:
+                if item[1].metadata.id not in seen:
+                    seen.add(item[1].metadata.id)
+                    made.append(item)
         else:
             return effects, outputs
         self._effects[step] = _without(effects, mine)
@@ -161,8 +166,8 @@ class Recorded:
         return mine, made
 
     def rest(self) -> list[tuple[Record, Envelope]]:
-        """Outputs of agents that no step took."""
-        return [item for outputs in self._outputs.values() for item in outputs]
+        """Outputs and effects of agents that no step took."""
+        return [item for items in (*self._outputs.values(), *self._effects.values()) for item in items]
 
 
 def _without(items: History, taken: History) -> list[tuple[Record, Envelope]]:

@@ -76,6 +76,9 @@ class Shared(Protocol):
     def gone(self, topic: str, record: Record) -> bool:
         """Whether the topic may have deleted what came of the record."""
 
+    def hash_of(self, record: Record) -> str:
+        """The record's hash."""
+
 
 @dataclass(slots=True)
 class Step:
@@ -160,7 +163,9 @@ class KeySteps:
         findings += self._timer(step, report)
         if attempt.fault is not None:
             self._blocked[lane] = Verdict.OPEN
-            checks = [replace(check, redecided_hash=None) for check in recorded_checks(left.outputs)]
+            checks = [
+                replace(check, redecided_hash=None) for check in recorded_checks(left.outputs, self._deciding.hash_of)
+            ]
             self._leave(step, left, agent, before, before, None, checks=checks, findings=findings)
             return
         outcome = compare_outputs(
@@ -169,11 +174,14 @@ class KeySteps:
             envelope.metadata.subject or key_of(envelope.event),
             report,
             lambda topic: self._deciding.gone(topic, record),
+            self._deciding.hash_of,
         )
         refused = left.letter is not None and left.letter[0].error_type == "OutputRefused"
         findings += [each for each in outcome.findings if not (refused and each.kind is FindingKind.OUTPUT_MISSING)]
         known = [item for item in outcome.sent if item[0].event_id not in self.known]
-        self.sent += [Sent(check, missing, len(self.steps)) for check, missing in known if not refused]
+        self.sent += [
+            Sent(check, missing, len(self.steps), encoded) for check, missing, encoded in known if not refused
+        ]
         result = attempt.result
         assert result is not None
         self._timers.update(_timer_ids(agent, envelope, step.lane, result))
@@ -394,7 +402,7 @@ class KeySteps:
         if verdict is None or findings:
             verdict = Verdict.DIFFERS if findings else Verdict.SAME
         elif not checks:
-            checks = recorded_checks(left.outputs)
+            checks = recorded_checks(left.outputs, self._deciding.hash_of)
         effects = tuple(item[1].event for item in left.effects if isinstance(item[1].event, Effect))
         version = version_of(left.source or agent.source)
         self.steps.append(

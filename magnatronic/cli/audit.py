@@ -1,61 +1,174 @@
-"""``magnatronic replay audit``: decide recorded steps again, and compare every output with the record.
+"""``magnatronic replay audit`` and ``verify``: prove that the recorded decisions are the ones the code makes.
 
-In: a task's id. Out: a table of outputs with their hashes, or JSON; exit code 0 when all is as recorded, else 1.
+In: what is meant of the log or an archive, or a report. Out: a summary in the terminal, JSON, and files: the report as
+JSON for ``verify``, and as an HTML page. Exit code 0 when all is as recorded, 1 when something is not, 2 for wrong
+input.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
+from magnatronic.cli.history import HistoryOptions, from_option, history_options
 from magnatronic.cli.options import Output, common_options
 from magnatronic.errors import UnknownTaskError, WrongInputError
 
 if TYPE_CHECKING:
-    from replay.task import ReplayReport
+    from replay.audit import Agreement
+    from replay.findings import Finding
+    from replay.report import AuditReport
 
-__all__ = ["audit", "print_replay"]
+__all__ = ["audit", "print_report", "verify"]
+
+_SHOWN: Final = 20
+_FILE: Final = click.Path(dir_okay=False, path_type=Path)
+_SPOOL_HELP: Final = "Folder for what is read meanwhile, as large as that (default: the system's for temporary files)."
 
 
 @click.command()
-@click.option("--task", "task_id", required=True, help="The task to decide again.")
+@history_options
+@click.option("--report", type=_FILE, help="Write the report as JSON to this file.")
+@click.option("--html", type=_FILE, help="Write the report as an HTML page to this file.")
+@click.option("--spool", type=click.Path(file_okay=False, exists=True, path_type=Path), help=_SPOOL_HELP)
 @common_options
-def audit(*, task_id: str, data_dir: Path | None, out: Output) -> int:
-    """Decide a task's steps again with the recorded effects, and compare every output with the record by hash.
+def audit(
+    *,
+    history: HistoryOptions,
+    report: Path | None,
+    html: Path | None,
+    spool: Path | None,
+    data_dir: Path | None,
+    out: Output,
+) -> int:
+    """Decide recorded steps again with the recorded effects, twice, and compare every output byte for byte.
 
-    Ends with 0 when every output is the recorded one, with 1 when one differs.
+    The options say which steps, by the events that they handled; --agent by whose they are. Without any, all of the log
+    is audited. Ends with 0 when every step decides as recorded, with 1 when one does not.
     """
-    from magnatronic.discovery import find_system
-    from magnatronic.roles import all_agents
-    from replay.errors import OpenTaskError
-    from replay.errors import UnknownTaskError as UnknownInLogError
-    from replay.task import replay_task
+    from magnatronic.audits import audit_history
+    from magnatronic.histories import open_history
 
-    found = find_system(data_dir)
-    try:
-        report = replay_task(task_id, agents=all_agents(), kafka=found.kafka, codec=found.codec())
-    except UnknownInLogError as error:
-        raise UnknownTaskError(str(error)) from None
-    except OpenTaskError as error:
-        raise WrongInputError(str(error)) from None
+    with open_history(data_dir, history.archive) as opened, _stages(out) as progress:
+        found = audit_history(opened, history.selection, folder=spool, on_progress=progress)
+    if history.selection.tasks and not found.events:
+        named = ", ".join(repr(task) for task in sorted(history.selection.tasks))
+        raise UnknownTaskError(f'the log holds no task {named}; `magnatronic query "select * from tasks"` lists them')
+    _write(found, report, html)
     if out.as_json:
-        out.json(report.as_dict())
+        out.json(found.as_json())
     else:
-        print_replay(report, out)
-    return 0 if report.ok else 1
+        print_report(found, out)
+    return 0 if found.ok else 1
 
 
-def print_replay(report: "ReplayReport", out: Output) -> None:
-    """One row an output: who decided it on what, and its hash then and now."""
-    rows = []
-    for step in report.steps:
-        for output in step.outputs:
-            now = "same" if output.same else (output.redecided_hash or "not decided")[:16]
-            rows.append(
-                (step.agent, step.event_type, output.event_type, (output.recorded_hash or "not recorded")[:16], now)
-            )
-        if not step.outputs or step.difference:
-            rows.append((step.agent, step.event_type, "-", "-", step.difference or "nothing to decide"))
-    out.table(("agent", "decides on", "and emits", "recorded sha-256", "decided again"), rows)
-    verdict = "every output is the recorded one" if report.ok else "NOT as recorded"
-    out.console.print(f"{report.outputs} outputs of {len(report.steps)} decisions: {verdict}. History {report.digest}")
+@click.command()
+@click.argument("report", type=click.Path(dir_okay=False, path_type=Path))
+@from_option
+@click.option("--spool", type=click.Path(file_okay=False, exists=True, path_type=Path), help=_SPOOL_HELP)
+@common_options
+def verify(*, report: Path, archive: Path | None, spool: Path | None, data_dir: Path | None, out: Output) -> int:
+    """Read again what REPORT (JSON) names, recompute its hashes and digests, decide anew, and say what agrees.
+
+    Ends with 0 when all agrees, with 1 when something does not. A finding that the report names too agrees.
+    """
+    from magnatronic.audits import verify_report
+    from magnatronic.histories import open_history
+    from replay.errors import ReportError
+    from replay.report import AuditReport
+
+    try:
+        claimed = AuditReport.from_bytes(report.read_bytes())
+    except (OSError, ReportError) as error:
+        raise WrongInputError(f"{report}: {error}") from None
+    with open_history(data_dir, archive) as opened, _stages(out) as progress:
+        agreement = verify_report(opened, claimed, folder=spool, on_progress=progress)
+    if out.as_json:
+        again = agreement.again
+        out.json({"ok": agreement.ok, "disagrees": agreement.disagrees, "again": again.as_json()})
+    else:
+        _print_agreement(agreement, out)
+    return 0 if agreement.ok else 1
+
+
+def _nothing(done: int, total: int) -> None:
+    """Before the first stage."""
+
+
+@contextlib.contextmanager
+def _stages(out: Output) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage, one after another."""
+    from magnatronic.cli.progress import show_reading
+
+    with contextlib.ExitStack() as stack:
+        stage = ""
+        shown: Callable[[int, int], None] = _nothing
+
+        def update(what: str, done: int, total: int) -> None:
+            nonlocal stage, shown
+            if what != stage:
+                stack.close()
+                stage, shown = what, stack.enter_context(show_reading(out, what))
+            shown(done, total)
+
+        yield update
+
+
+def _write(found: "AuditReport", report: Path | None, html: Path | None) -> None:
+    if report is not None:
+        report.write_bytes(found.to_bytes())
+    if html is not None:
+        from replay.report_page import report_page
+
+        html.write_text(report_page(found), encoding="utf-8")
+
+
+def print_report(report: "AuditReport", out: Output) -> None:
+    """Counts by agent, findings with their diffs, and the digest."""
+    verdicts = list(report.verdicts())
+    out.table(
+        ("agent", "steps", *verdicts, "outputs", "effects"),
+        [
+            (agent, counts.total, *(counts.steps.get(name, 0) for name in verdicts), counts.outputs, counts.effects)
+            for agent, counts in sorted(report.counts.items())
+        ],
+    )
+    for finding in report.findings[:_SHOWN]:
+        _print_finding(finding, out)
+    if (more := sum(report.found.values()) - min(len(report.findings), _SHOWN)) > 0:
+        out.console.print(f"and {more:,} more findings; --report or --html has the first thousand")
+    verdict = "every step decides as recorded" if report.ok else "NOT as recorded"
+    rate = report.events / report.seconds if report.seconds else 0.0
+    out.console.print(
+        f"{report.steps:,} steps, {report.outputs:,} outputs: {verdict}. "
+        f"{report.events:,} records in {report.seconds:.1f} s ({rate:,.0f} a second)."
+    )
+    out.console.print(f"Digest {report.digest}", soft_wrap=True)
+
+
+def _print_finding(finding: "Finding", out: Output) -> None:
+    out.console.print(str(finding), markup=False, soft_wrap=True)
+    for line in finding.diff.splitlines():
+        out.console.print(f"    {line}", markup=False, soft_wrap=True)
+
+
+def _print_agreement(agreement: "Agreement", out: Output) -> None:
+    report, again = agreement.report, agreement.again
+    same = sum(
+        (mine.records, mine.sha256) == (other.records, other.sha256)
+        for mine, other in zip(report.spans, again.spans, strict=True)
+    )
+    out.console.print(f"hashes of what was read: {same} of {len(report.spans)} partitions agree")
+    for name, what in (("digest", "recorded outputs"), ("decided_digest", "outputs decided again")):
+        agrees = "agrees" if getattr(report, name) == getattr(again, name) else "DIFFERS"
+        out.console.print(f"digest of {what}: {agrees}, {getattr(again, name)}", soft_wrap=True)
+    erased = sum(counts.steps.get("erased", 0) for counts in again.counts.values())
+    if erased:
+        out.console.print(f"{erased:,} steps: erased, hash verified, not re-decided")
+    if report.code.sources != again.code.sources:
+        out.console.print(f"decided by other sources than the report: {again.code.sources} ({again.code.commit})")
+    for line in agreement.disagrees:
+        out.console.print(line, markup=False, soft_wrap=True)
+    out.console.print("the report is confirmed" if agreement.ok else "the report is NOT confirmed")

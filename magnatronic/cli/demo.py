@@ -102,7 +102,7 @@ class _Demo:
                     "ok": ok,
                     "outcomes": [outcome_as_dict(outcome) for outcome in outcomes],
                     "tables": tables,
-                    "replay": replayed.as_dict(),
+                    "replay": replayed.as_json(),
                 }
             )
         return 0 if ok else 1
@@ -166,15 +166,19 @@ class _Demo:
         return tables
 
     def _replay(self, system: "RunningSystem", outcome: "Outcome") -> Any:
-        from magnatronic.cli.audit import print_replay
-        from magnatronic.discovery import make_codec
-        from magnatronic.roles import all_agents
-        from replay.task import replay_task
+        from magnatronic.audits import audit_history
+        from magnatronic.cli.audit import print_report
+        from magnatronic.discovery import FoundSystem, make_codec
+        from magnatronic.histories import History
+        from replay.kafka_log import KafkaLog
+        from replay.selection import Selection
 
-        self._head("5. The last task is decided again from the log, and every output compared by hash")
-        report = replay_task(outcome.task_id, agents=all_agents(), kafka=system.kafka, codec=make_codec(self._settings))
+        self._head("5. The last task is decided again from the log, twice, and every output compared byte for byte")
+        found = FoundSystem(self._settings, dict(system.kafka))
+        with History(KafkaLog(system.kafka), make_codec(self._settings), self._settings, found) as history:
+            report = audit_history(history, Selection(tasks=frozenset({outcome.task_id})))
         if not self._out.as_json:
-            print_replay(report, self._out)
+            print_report(report, self._out)
         return report
 
     def _events(self) -> int:

@@ -109,7 +109,7 @@ def test_submit_then_watch_then_replay(system: "SystemForTests") -> None:
     assert replayed["outputs"] == sum(event["type"] not in EFFECTS and bool(event["causation_id"]) for event in events)
     shown = system.run("replay audit", "--task", task_id)
     assert shown.returncode == 0
-    assert "every output is the recorded one" in shown.stdout
+    assert "every step decides as recorded" in shown.stdout
     assert replayed["digest"] in shown.stdout
 
 
