@@ -27,12 +27,11 @@ from agents.step import StepResult, TimerChange
 from replay.errors import WhatIfError
 from replay.whatif import worker
 from replay.whatif.fleet import Taker
-from replay.whatif.worker import PROTOCOL, Ask, Decision, Want
+from replay.whatif.worker import PROTOCOL, Ask, Decision, Want, told_event
 from schemas.codec import Codec
 from schemas.errors import SchemaError
-from schemas.events import Effect
-from schemas.metadata import Envelope, Metadata
-from schemas.record import Header, Record
+from schemas.metadata import Envelope
+from schemas.record import Record
 
 __all__ = ["RevisionFleet", "checkout", "commit_of"]
 
@@ -146,6 +145,11 @@ class RevisionFleet:
             process.kill()
             await process.wait()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that has the code, while it runs."""
+        return None if self._process is None else self._process.pid
+
     def names(self) -> Sequence[str]:
         """Who they are."""
         return self._names
@@ -156,7 +160,7 @@ class RevisionFleet:
 
     async def takers(self, record: Record, envelope: Envelope) -> Sequence[Taker]:
         """Which of them consume the event, as that code has it."""
-        answer = await self._ask({"op": "lanes", "record": _told(record)})
+        answer = await self._ask({"op": "lanes", "event": _told(envelope)})
         lanes: dict[str, str] = answer["lanes"]
         return [(name, lanes[name]) for name in self._names if name in lanes]
 
@@ -170,10 +174,12 @@ class RevisionFleet:
             {
                 "op": "decide",
                 "agent": ask.agent,
-                "record": _told(ask.record),
+                "event": _told(ask.envelope),
+                "topic": ask.record.topic,
+                "timestamp_ms": ask.record.timestamp_ms,
                 "priority": ask.priority.value,
                 "state": ask.state,
-                "effects": [_told(self._effect(effect, number)) for number, effect in enumerate(ask.effects)],
+                "effects": [told_event(effect) for effect in ask.effects],
                 "rewrite": dict(ask.rewrite),
                 "changed": ask.changed,
                 "failure": None
@@ -183,12 +189,6 @@ class RevisionFleet:
             }
         )
         return self._decision(answer, ask)
-
-    def _effect(self, effect: Effect, number: int) -> Record:
-        metadata = Metadata(f"{effect.event_id}/{number}", "/what-if", effect.task_id, effect.started_at)
-        value, headers = self._codec.encode(effect, metadata)
-        kept: list[Header] = list(headers)
-        return Record("effects", 0, number, 0, effect.task_id.encode(), value, kept)
 
     def _decision(self, answer: Mapping[str, Any], ask: Ask) -> Decision:
         told, failure = answer["result"], answer["failure"]
@@ -249,15 +249,17 @@ class RevisionFleet:
         return lines[-1][-_STDERR_CHARS:] if lines else "it ended without a word"
 
 
-def _told(record: Record) -> dict[str, Any]:
+def _told(envelope: Envelope) -> dict[str, Any]:
+    metadata = envelope.metadata
     return {
-        "topic": record.topic,
-        "partition": record.partition,
-        "offset": record.offset,
-        "timestamp_ms": record.timestamp_ms,
-        "key": (record.key or b"").decode(),
-        "value": base64.b64encode(record.value or b"").decode(),
-        "headers": [
-            [name, None if value is None else base64.b64encode(value).decode()] for name, value in record.headers
-        ],
+        **told_event(envelope.event),
+        "metadata": {
+            "id": metadata.id,
+            "source": metadata.source,
+            "subject": metadata.subject,
+            "time": metadata.time.isoformat(),
+            "causation_id": metadata.causation_id,
+            "correlation_id": metadata.correlation_id,
+            "traceparent": metadata.traceparent,
+        },
     }

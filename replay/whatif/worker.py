@@ -21,18 +21,31 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any, BinaryIO
 
+from pydantic import ValidationError
+
 from agents.agent import Agent, Failure
 from agents.errors import NondeterminismError
 from agents.handler_loop import of_thread
 from agents.journal import Journal, Request
 from agents.step import LaneState, StepResult, concerns, failure_of, lane_of, run_failure, run_step
 from schemas.codec import Codec
-from schemas.events import Effect, LlmCalled, Priority, ToolStarted, Waited
-from schemas.metadata import Envelope, canonical_json
+from schemas.events import EVENT_TYPES, Effect, Event, LlmCalled, Priority, ToolStarted, Waited
+from schemas.metadata import Envelope, Metadata, canonical_json
 from schemas.record import Record
 from schemas.topics import key_of
 
-__all__ = ["PROTOCOL", "Ask", "Decision", "Encoded", "Want", "decide", "find_agents", "read_frame", "write_frame"]
+__all__ = [
+    "PROTOCOL",
+    "Ask",
+    "Decision",
+    "Encoded",
+    "Want",
+    "decide",
+    "find_agents",
+    "read_frame",
+    "told_event",
+    "write_frame",
+]
 
 PROTOCOL = 1
 """Of the frames; both sides say theirs first."""
@@ -44,6 +57,7 @@ Encoded = tuple[bytes, list[tuple[str, bytes]]]
 _LENGTH = struct.Struct(">I")
 _NO_CALLS = (ToolStarted, Waited)
 _MARKED = "ChangeMarked"
+_BYTES = "$bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,10 +271,68 @@ def write_frame(stream: BinaryIO, value: Any) -> None:
     stream.flush()
 
 
-def _record(told: Mapping[str, Any]) -> Record:
-    headers = [(name, None if value is None else base64.b64decode(value)) for name, value in told["headers"]]
-    value, key = base64.b64decode(told["value"]), told["key"]
-    return Record(told["topic"], told["partition"], told["offset"], told["timestamp_ms"], key.encode(), value, headers)
+def told_event(event: Event) -> dict[str, Any]:
+    """The event as JSON can hold it: its type, and its fields with bytes and times marked as such."""
+    return {"type": event.full_name, "fields": _plain(event.model_dump())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_BYTES}:
+            return base64.b64decode(value[_BYTES])
+        return {name: _bytes(each) for name, each in value.items()}
+    return [_bytes(each) for each in value] if isinstance(value, list) else value
+
+
+def _event(told: Mapping[str, Any]) -> Event | None:
+    """The event as this code has it, without fields that it does not know; None for a type that it does not know."""
+    kind = EVENT_TYPES.get(told["type"])
+    if kind is None:
+        return None
+    fields = _bytes(told["fields"])
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        newer = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+        if not newer:
+            raise
+    for *path, name in newer:
+        holder = fields
+        for part in path:
+            holder = holder[part]
+        del holder[name]
+    return kind.model_validate(fields)
+
+
+def _envelope(told: Mapping[str, Any]) -> Envelope | None:
+    event, of = _event(told), told["metadata"]
+    if event is None:
+        return None
+    time = datetime.fromisoformat(of["time"])
+    return Envelope(
+        event,
+        Metadata(
+            id=of["id"],
+            source=of["source"],
+            subject=of["subject"],
+            time=time,
+            causation_id=of["causation_id"],
+            correlation_id=of["correlation_id"],
+            traceparent=of["traceparent"],
+        ),
+    )
 
 
 def _time(text: str | None) -> datetime | None:
@@ -280,8 +352,11 @@ class _Program:
         return {"protocol": PROTOCOL, "root": root, "agents": versions}
 
     def lanes(self, told: Mapping[str, Any]) -> dict[str, Any]:
-        event = self._codec.decode(_record(told["record"])).event
-        lanes = {}
+        envelope = _envelope(told["event"])
+        lanes: dict[str, str] = {}
+        if envelope is None:
+            return {"lanes": lanes}
+        event = envelope.event
         for name, agent in self._agents.items():
             if concerns(agent, event):
                 try:
@@ -292,13 +367,16 @@ class _Program:
 
     async def decide(self, told: Mapping[str, Any]) -> dict[str, Any]:
         agent = self._agents[told["agent"]]
-        record = _record(told["record"])
-        effects = [self._codec.decode(_record(each)).event for each in told["effects"]]
+        envelope = _envelope(told["event"])
+        if envelope is None:
+            raise LookupError(f"it does not know {told['event']['type']}")
+        record = Record(told["topic"], 0, 0, told["timestamp_ms"], envelope.metadata.subject.encode(), b"")
+        effects = [_event(each) for each in told["effects"]]
         failure = told["failure"]
         ask = Ask(
             agent=agent.name,
             record=record,
-            envelope=self._codec.decode(record),
+            envelope=envelope,
             priority=Priority(told["priority"]),
             state=self._state(agent, told["state"]),
             effects=tuple(effect for effect in effects if isinstance(effect, Effect)),
