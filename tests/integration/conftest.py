@@ -128,7 +128,7 @@ class SystemForTests:
     def start(self, command: str, *arguments: str) -> "subprocess.Popen[str]":
         """A command in a process of its own, talking to this system."""
         return subprocess.Popen(
-            [str(SCRIPT), command, "--data-dir", str(self.data_dir), *arguments],
+            [str(SCRIPT), *command.split(), "--data-dir", str(self.data_dir), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,16 +1,20 @@
 """What-ifs over the log of a running system: nothing differs unless something is changed; no topic is written to."""
 
 import json
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import confluent_kafka
 import pytest
 
+from magnatronic.client import Client
 from magnatronic.discovery import find_system
 from replay.kafka_log import KafkaLog
 from schemas.topics import TOPICS
+from tests.support.chat import chat_server
 
 if TYPE_CHECKING:
     from tests.integration.conftest import SystemForTests
@@ -45,6 +49,13 @@ def untouched(system: "SystemForTests", monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(confluent_kafka, "Producer", forbidden)
     yield
     assert ends() == before
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def what_if(system: "SystemForTests", tasks: list[str], *options: str, code: int = 0) -> Any:
@@ -86,6 +97,61 @@ def test_a_changed_prompt_stops_or_is_answered(system: "SystemForTests", tasks: 
     # Run again, it is all there: nothing is asked a second time.
     again = what_if(system, tasks, *changed, "--ask", "extractive", "--recall", "live")
     assert again == asked
+
+
+@pytest.fixture(scope="module")
+def many(system: "SystemForTests") -> list[str]:
+    """Some dozens of tasks that are over."""
+    things = ("widget", "gadget", "sprocket", "gizmo")
+    forms = ("What is a {0}?", "Compare a {0} with a {1}.", "What is a {0} and what is a {1}?", "Who made the {0}?")
+    asked = [
+        form.format(thing, things[index - 1]) for form in forms for index, thing in enumerate(things) for _ in range(3)
+    ]
+    with Client.connect(system.data_dir, name="test") as client:
+        return [outcome.task_id for outcome in client.ask_all(asked, timeout=60)]
+
+
+def ends(report: dict[str, Any]) -> list[Any]:
+    """How each task ended, apart from what a clock measured: which of two answers side by side came first."""
+    after = [(task["after"]["outcome"], task["after"]["answer"], task["after"]["tokens"]) for task in report["tasks"]]
+    return [(task["task_id"], task["made"], *end) for task, end in zip(report["tasks"], after, strict=True)]
+
+
+@pytest.mark.usefixtures("untouched")
+def test_killed_halfway_it_goes_on_where_it_was(system: "SystemForTests", many: list[str], tmp_path: Path) -> None:
+    (tmp_path / "answer.txt").write_text("Answer from the passages, briefly.")
+    options = ["--json", *(part for task in many for part in ("--task", task)), "--recall", "live"]
+    options += ["--prompt", f"answer={tmp_path / 'answer.txt'}", "--ask", "openai", "--model", "local"]
+    with chat_server(wait_s=0.03, refuse=7, slow=11) as calm:
+        whole = json.loads(system.run("replay what-if", *options, "--base-url", calm.url, "--id", "whole").stdout)
+    with chat_server(wait_s=0.03, refuse=7, slow=11) as chat:
+        arguments = (*options, "--base-url", chat.url, "--id", "killed")
+        folder = system.data_dir / "what-if" / "killed"
+        process = system.start("replay what-if", *arguments)
+        try:
+            wait_until(lambda: len(list(folder.glob("tasks/*.json"))) >= len(many) // 3)
+        finally:
+            process.kill()
+            process.communicate()
+        finished = {path: path.read_bytes() for path in folder.glob("tasks/*.json")}
+        paid = (folder / "calls.jsonl").read_bytes().count(b"\n")
+        assert len(finished) < len(many)
+        killed = json.loads(system.run("replay what-if", *arguments).stdout)
+    assert {path: path.read_bytes() for path in finished} == finished
+    assert whole["complete"]
+    assert killed["complete"]
+    assert ends(killed) == ends(whole)
+    # With the same calls, but no interruption and nobody to ask: the very same, down to what a clock measured.
+    folder.with_name("calls-only").mkdir()
+    shutil.copy(folder / "calls.jsonl", folder.with_name("calls-only"))
+    unbroken = json.loads(system.run("replay what-if", *options, "--base-url", chat.url, "--id", "calls-only").stdout)
+    assert unbroken["tasks"] == killed["tasks"]
+    made = (folder / "calls.jsonl").read_bytes().count(b"\n")
+    under_way = 8
+    assert paid > 10
+    assert made <= sum(chat.did.values()) <= made + under_way
+    assert whole["totals"]["made"] == made == calm.did["answered"] + calm.did["refused"]
+    assert calm.did["refused"] > 0
 
 
 def test_what_can_t_be_met_is_said(system: "SystemForTests", tasks: list[str], tmp_path: Path) -> None:
