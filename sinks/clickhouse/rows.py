@@ -14,6 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from schemas.events import ChunkEmbedded, Event, TextsEmbedded
+from schemas.personal import blank
 from schemas.record import Header
 from sinks.sink import SinkRecord
 
@@ -44,6 +45,9 @@ SCHEMA: Final = pa.schema(
         ("error", pa.string()),
         ("raw", pa.binary()),
         ("value_bytes", pa.uint64()),
+        ("data_subjects", pa.list_(pa.string())),
+        ("erased", pa.bool_()),
+        ("blanked", pa.string()),
     ]
 )
 """The columns of ``event_log``, in order."""
@@ -110,7 +114,8 @@ def _row(item: SinkRecord) -> tuple[Any, ...]:
     if envelope is None:
         place = (record.topic, record.partition, record.offset, timestamp, record.key or b"")
         schema = _header(record.headers, "ce_dataschema")
-        return (*place, "", "", "", "", _EPOCH, "", "", "", schema, "", "", "", "", item.error, value or b"", size)
+        why = item.error, value or b"", size
+        return (*place, "", "", "", "", _EPOCH, "", "", "", schema, "", "", "", "", *why, (), False, "")
     event, metadata = envelope.event, envelope.metadata
     # pydantic answers getattr() for a field that a model lacks slowly.
     fields = event.__dict__
@@ -136,4 +141,7 @@ def _row(item: SinkRecord) -> tuple[Any, ...]:
         "",
         b"",
         size,
+        metadata.data_subjects,
+        envelope.erased,
+        payload_json(blank(event)) if metadata.data_subjects and not envelope.erased else "",
     )

@@ -21,7 +21,8 @@ from sinks.sink import Offsets, SinkRecord
 __all__ = ["ClickHouseProjection"]
 
 _MARK: Final = "made by a rebuild that is not finished, with DDL "
-_OFFSETS: Final = "sink_offsets"
+_STAY: Final = ["sink_offsets", "forgotten_subjects"]
+"""Tables that each database keeps: what they say holds for whatever rows stand beside them."""
 _DROP: Final = "SYNC SETTINGS max_table_size_to_drop = 0"
 
 
@@ -82,8 +83,8 @@ class ClickHouseProjection(Projection):
         """The comments of a database's tables of rows."""
         rows = self._live.read(
             "SELECT name, comment FROM system.tables "
-            "WHERE database = {database:String} AND engine LIKE '%MergeTree' AND name != {offsets:String}",
-            {"database": database, "offsets": _OFFSETS},
+            "WHERE database = {database:String} AND engine LIKE '%MergeTree' AND NOT has({stay:Array(String)}, name)",
+            {"database": database, "stay": _STAY},
         )
         return dict(rows)
 

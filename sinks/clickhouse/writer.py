@@ -12,8 +12,10 @@ from typing import ClassVar, Final
 
 import pyarrow as pa
 
+from schemas.events import SubjectForgotten
 from schemas.topics import all_topics
 from sinks.clickhouse.client import ClickHouse
+from sinks.clickhouse.forgetting import erase, forgotten_among
 from sinks.clickhouse.rows import to_table
 from sinks.sink import Offsets, Sink, SinkRecord
 
@@ -46,11 +48,27 @@ class ClickHouseSink(Sink):
         return {(topic, partition): next_offset for topic, partition, next_offset in rows}
 
     def write(self, batch: Sequence[SinkRecord], offsets: Offsets) -> None:
-        """Insert the rows as one Arrow block, then the offsets."""
+        """Insert the rows as one Arrow block, blank those about people who were forgotten, then note the offsets."""
         if batch:
             self._clickhouse.insert("event_log", to_table(batch))
+            self._forget(batch)
         if offsets:
             self._clickhouse.insert("sink_offsets", self._offset_rows(offsets))
+
+    def _forget(self, batch: Sequence[SinkRecord]) -> None:
+        about: set[str] = set()
+        forgotten: set[str] = set()
+        for item in batch:
+            if item.envelope is None:
+                continue
+            if isinstance(item.envelope.event, SubjectForgotten):
+                forgotten.add(item.envelope.event.key_id)
+            elif item.envelope.metadata.data_subjects and not item.envelope.erased:
+                about.update(item.envelope.metadata.data_subjects)
+        if late := forgotten_among(self._clickhouse, about):
+            forgotten |= late
+        if forgotten:
+            erase(self._clickhouse, forgotten)
 
     def _offset_rows(self, offsets: Offsets) -> pa.Table:
         count = len(offsets)

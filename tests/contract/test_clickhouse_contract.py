@@ -210,6 +210,7 @@ def test_an_event_is_kept_whole(sink: ClickHouseSink, clickhouse: ClickHouse) ->
         **{"type": "magnatronic.tasks.StepFailed", "id": stored.envelope.metadata.id, "source": "/agents/researcher@3"},
         **{"causation_id": "because", "correlation_id": "t", "traceparent": trace, "task_id": "t", "step_id": "t/1"},
         **{"agent": "researcher", "error": "", "raw": "", "value_bytes": len(stored.record.value or b"")},
+        **{"data_subjects": [], "erased": False},
         "dataschema": dict(stored.record.headers)["ce_dataschema"].decode(),  # type: ignore[union-attr]
     }
 
