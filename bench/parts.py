@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, inflight, latency, log, monitor, pipeline, priority, restore, sinks, slow, step
+from bench import codec, inflight, latency, log, monitor, pipeline, priority, restore, sinks, slow, step, whatif
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -121,6 +121,10 @@ def _pipeline(_: str, scale: Scale) -> list[Figure]:
     return pipeline.measure(tasks=scale.tasks, rounds=scale.rounds, log=_log)
 
 
+def _what_if(_: str, scale: Scale) -> list[Figure]:
+    return whatif.measure(tasks=scale.tasks, log=_log)
+
+
 PARTS: tuple[Part, ...] = (
     Part("codec", False, _codec),
     Part("step", True, _step),
@@ -134,4 +138,5 @@ PARTS: tuple[Part, ...] = (
     Part("log", True, _history),
     Part("monitor", True, _monitor),
     Part("pipeline", False, _pipeline),
+    Part("what-if", False, _what_if),
 )

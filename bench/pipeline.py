@@ -33,7 +33,7 @@ from magnatronic.system import RunningSystem
 from schemas.events import DocumentSubmitted
 from schemas.topics import all_topics
 
-__all__ = ["measure"]
+__all__ = ["PARTITIONS", "corpus", "measure", "questions"]
 
 PART: Final = "pipeline"
 PARTITIONS: Final = 4
@@ -81,7 +81,7 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
     Raises:
         RuntimeError: over 2 % of the tasks were not completed, or one had two outcomes.
     """
-    documents = list(_corpus())
+    documents = list(corpus())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         data_dir = Path(folder) / "data"
         with RunningSystem(Settings.load(data_dir=data_dir, partitions=PARTITIONS)) as system:
@@ -89,8 +89,8 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
             with Client(servers, name="bench") as client:
                 ingested = ingest(client, documents)
             log(f"{ingested.indexed} documents, {ingested.chunks} chunks in {ingested.seconds:.1f} s")
-            _drive(Load(servers, PARTITIONS, "warm-up", _questions(documents, max(20, tasks // 10), 3)))
-            alone = _drive(Load(servers, PARTITIONS, "alone", _questions(documents, 20, 4), one_by_one=True))
+            _drive(Load(servers, PARTITIONS, "warm-up", questions(documents, max(20, tasks // 10), 3)))
+            alone = _drive(Load(servers, PARTITIONS, "alone", questions(documents, 20, 4), one_by_one=True))
             meter = _Meter(system.info.broker_pid)
             timings: list[Timing] = []
             caught_up: list[float] = []
@@ -99,7 +99,7 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
             while len(timings) < rounds and (not timings or time.monotonic() - began < _BUDGET_S):
                 meter.start()
                 number = len(timings)
-                timing = _drive(Load(servers, PARTITIONS, f"round-{number}", _questions(documents, tasks, number)))
+                timing = _drive(Load(servers, PARTITIONS, f"round-{number}", questions(documents, tasks, number)))
                 meter.stop()
                 start = time.monotonic()
                 if not call(data_dir, "catch_up", timeout=_CATCH_UP_S):
@@ -112,7 +112,7 @@ def measure(*, tasks: int, rounds: int, log: Callable[[str], None]) -> list[Figu
     return _figures(tasks, timings, alone, caught_up, events, meter)
 
 
-def _corpus() -> Iterator[DocumentSubmitted]:
+def corpus() -> Iterator[DocumentSubmitted]:
     """The long descriptions of installed distributions, cut to a few pages each; in order of their names."""
     found: dict[str, str] = {}
     for dist in distributions():
@@ -130,15 +130,15 @@ def _corpus() -> Iterator[DocumentSubmitted]:
         )
 
 
-def _questions(documents: list[DocumentSubmitted], count: int, opener: int) -> list[str]:
+def questions(documents: list[DocumentSubmitted], count: int, opener: int) -> list[str]:
     """``count`` different questions about the documents, up to 1,000; two in 25 are compound."""
     names = [document.title for document in documents]
-    questions = []
+    made = []
     for number in range(count):
         template, place = _TEMPLATES[number % len(_TEMPLATES)], number // len(_TEMPLATES)
         asked = template.format(names[place % len(names)], names[(place * 7 + 3) % len(names)])
-        questions.append(_OPENERS[opener % len(_OPENERS)] + asked)
-    return questions
+        made.append(_OPENERS[opener % len(_OPENERS)] + asked)
+    return made
 
 
 def _drive(load: Load) -> Timing:
