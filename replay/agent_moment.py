@@ -244,8 +244,7 @@ def _instances(
 
 
 _FIGURE_COLUMNS: Final = (
-    *("instance", "events in", "events out", "failures", "dead letters", "in flight", "lag", "p99 ms", "tokens"),
-    *("cost $", "held up by"),
+    *("instance", "in", "out", "failed", "dead", "in flight", "lag", "p99 ms", "tokens", "cost $", "held up by"),
 )
 
 

@@ -61,7 +61,9 @@ def policy_then(log: Log, codec: Codec, name: str, time: datetime, *, on_progres
                 in_force, since = to_version, entry.time
                 rows.append((entry.time, f"rolled back from {version}", to_version, why, entry.source))
     if not rows and not later:
-        raise UnknownIdError(f"the log holds no policy {name!r}")
+        events = (entry.event for entry in _entries(log, codec, (PolicyProposed,), "", None, None))
+        known = {each.name for each in events if isinstance(each, PolicyProposed | PolicyPromoted)}
+        raise UnknownIdError(f"the log holds no policy {name!r}; there are: {', '.join(sorted(known)) or 'none yet'}")
     notes = [] if in_force is not None else ["No version was in force: agents decided by their own defaults."]
     if in_force is not None and in_force not in contents:
         notes.append(f"What version {in_force} said is not in the log.")

@@ -69,7 +69,7 @@ def _chain(trace: Trace, entry: Entry, told: set[Entry]) -> Iterator[Line]:
             made = sorted((each for each in made_by(decision) if each not in told), key=lambda each: each.time)
             told.update(made)
             if len(decisions) == 1:
-                going = [each for each in made if trace.on(each)]
+                going = [each for each in made if trace.on(each) or isinstance(each.event, _ANSWERED)]
                 following = made[0] if len(made) == 1 else going[0] if len(going) == 1 else None
             branches = (each for each in made if each is not following)
             yield Line(decision, (*_calls(decision), *(_branch(trace, each, told) for each in branches)))

@@ -45,7 +45,7 @@ from schemas.events import (
 
 __all__ = ["SUM_COLUMNS", "outcome_of", "sum_rows", "tone_of", "trace_page"]
 
-SUM_COLUMNS: Final = ("agent", "decisions", "waited", "in calls", "calls", "failed", "repeats", "tokens", "cost $")
+SUM_COLUMNS: Final = ("agent", "decisions", "waited", "in calls", "calls", "failed", "again", "tokens", "cost $")
 _LONG: Final = 300
 
 
@@ -86,7 +86,7 @@ def _sum_row(name: str, sums: Sums) -> tuple[str | int | float, ...]:
     tokens = f"{sums.prompt_tokens:,}+{sums.completion_tokens:,}"
     calls = sums.calls, sums.failed_calls, sums.repeats
     times = (duration(length) if sums.calls else "" for length in (sums.waited, sums.called))
-    return name, sums.decisions, *times, *calls, tokens, f"{sums.cost_usd:.6f}"
+    return name, sums.decisions, *times, *calls, tokens, f"{sums.cost_usd:.4f}"
 
 
 def outcome_of(trace: Trace) -> tuple[str, Tone]:

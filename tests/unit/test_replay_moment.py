@@ -172,7 +172,7 @@ def test_the_policy_in_force_is_the_last_promoted_or_rolled_back_to() -> None:
     sheet = policy_then(tape.log(), CODEC, "p", at(45))
     assert sheet.texts == {"version 2": '{\n  "limit": 2\n}'}
     assert [row["what"] for row in rows(sheet, "history")] == ["proposed", "promoted", "proposed", "promoted"]
-    with pytest.raises(UnknownIdError, match="no policy 'q'"):
+    with pytest.raises(UnknownIdError, match="no policy 'q'; there are: other, p"):
         policy_then(tape.log(), CODEC, "q", at(45))
 
 
@@ -297,7 +297,7 @@ async def test_instances_and_figures_are_those_of_the_moment() -> None:
     assert (told["instance"], told["version"], told["health"]) == ("a", "1", "ready")
     assert told["heard"] == "1.00 s before"
     (figures,) = rows(sheet, "the minute before")
-    assert (figures["events in"], figures["lag"]) == (20, 3)
+    assert (figures["in"], figures["lag"]) == (20, 3)
     assert not any("directory" in note for note in sheet.notes)
     later = await agent_sheet("retriever", datetime(2030, 1, 1, tzinfo=UTC), tape=tape)
     assert len(rows(later, "instances")) == 2

@@ -227,6 +227,15 @@ def test_a_chain_stays_on_one_level_and_a_fork_has_branches() -> None:
     assert [list(map(name, branch.below)) for branch in branches] == [["retriever", "StepCompleted"]] * 2
 
 
+def test_a_branch_that_waits_for_an_answer_is_a_branch() -> None:
+    tape = Tape()
+    planned = begun(tape, steps=2)
+    first, _ = (tape.add(assigned(number), 50, by="coordinator@2", cause=planned) for number in (1, 2))
+    tape.add(completed(1), 60, by="retriever@1", cause=first)
+    (root,) = story(trace(tape))
+    assert list(map(name, root.below[2].below)) == ["StepAssigned", "StepAssigned"]
+
+
 def name(line: Line) -> str:
     match line.what:
         case Decision() as decision:
