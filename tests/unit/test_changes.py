@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agents.agent import Agent
 from agents.context import Context
@@ -227,6 +229,39 @@ async def test_concurrent_branches_are_told_alike_after_a_crash_anywhere_and_in_
 
 async def _replay(objective: str, effects: Sequence[Effect]) -> str:
     return await run(journal_of(None, effects), objective)
+
+
+WORDS = st.sampled_from(["a", "slow", "fails", "?x", "x:a/b", "x:fails/a", "a|?x", "slow|x:a/b", "fails|slow|?x", "?y"])
+
+
+async def finished(bench: Bench, objective: str, recorded: Sequence[Effect]) -> tuple[str, list[Effect]]:
+    """What is said in the end, over as many attempts as it takes, and all that is recorded by then."""
+    journal = journal_of(bench, recorded)
+    while True:
+        try:
+            said = await run(journal, objective)
+        except EffectFailedError:
+            journal.next_attempt()
+        else:
+            return said, [*recorded, *effects_of(journal)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=5), st.lists(WORDS, max_size=4))
+def test_whatever_is_done_and_wherever_it_crashes_replay_goes_the_same_way(new: list[str], old: list[str]) -> None:
+    async def scenario() -> None:
+        objective = " ".join(new)
+        for first in (objective, " ".join(word for word in old if "?" not in word and ":" not in word) or "a"):
+            _, effects = await finished(Bench(), first, ())
+            for kept in range(len(effects) + 1):
+                said, recorded = await finished(Bench(), objective, effects[:kept])
+                assert await _replay(objective, recorded) == said
+                told = {word for word in said.split() if word.startswith("x=")}
+                assert len(told) < 2, "all who ask are told the same"
+                marks = [effect.change for effect in recorded if isinstance(effect, ChangeMarked)]
+                assert len(marks) == len(set(marks)), "a change is marked once"
+
+    asyncio.run(scenario())
 
 
 async def test_code_that_no_longer_asks_decides_marked_events_as_before() -> None:
