@@ -85,7 +85,8 @@ def _tables(clickhouse: ClickHouse) -> list[str]:
 
 def _old_parts(clickhouse: ClickHouse) -> set[str]:
     rows = clickhouse.read(
-        "SELECT path FROM system.parts WHERE database = {database:String} AND startsWith(table, 'event_log') AND NOT active",
+        "SELECT path FROM system.parts "
+        "WHERE database = {database:String} AND startsWith(table, 'event_log') AND NOT active",
         {"database": clickhouse.database},
     )
     return {path for (path,) in rows}

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sinks.comparison import HASH_BITS, MOST_EXAMPLES, Comparison, Difference, DifferenceKind, shown
 from sinks.milvus.store import MilvusStore
 
-__all__ = ["compare_collection"]
+__all__ = ["compare_collection", "ranges"]
 
 _MOST: Final = 2_000
 """Rows in memory at once of each side: with 384 floats each takes some 13 kB."""
@@ -21,10 +21,10 @@ _HEX: Final = "0123456789abcdef"
 _CROWDED: Final = 6
 _WINDOW: Final = 1_000
 _MOST_ROWS: Final = 16_384
-_FIELDS: Final = ("document_id", "document_key", "ordinal", "title", "heading", "source", "text")
+_FIELDS: Final = ("document_id", "document_key", "ordinal", "title", "heading", "source", "text", "subjects")
 
 _Rows = dict[str, dict[str, Any]]
-_Pair = tuple[str, str]
+_Collections = tuple[str, ...]
 
 
 def compare_collection(
@@ -32,14 +32,14 @@ def compare_collection(
 ) -> Comparison:
     """What ``stored`` and ``rebuilt`` say; ``on_rows`` is told how many more rows were seen."""
     comparing = _Comparing(name)
-    for sides in _ranges(store, (stored, rebuilt), ""):
+    for sides in ranges(store, (stored, rebuilt)):
         comparing.compare(*sides)
         on_rows(sum(map(len, sides)))
     return comparing.result()
 
 
-def _ranges(store: MilvusStore, collections: _Pair, prefix: str) -> Iterator[list[_Rows]]:
-    """The rows of both, range by range of the document keys that begin with ``prefix``."""
+def ranges(store: MilvusStore, collections: _Collections, prefix: str = "") -> Iterator[list[_Rows]]:
+    """The whole rows of the collections, range by range of the document keys that begin with ``prefix``."""
     if len(prefix) == _CROWDED:
         yield from _crowded(store, collections, prefix)
         return
@@ -49,10 +49,10 @@ def _ranges(store: MilvusStore, collections: _Pair, prefix: str) -> Iterator[lis
         yield sides
         return
     for digit in _HEX:
-        yield from _ranges(store, collections, prefix + digit)
+        yield from ranges(store, collections, prefix + digit)
 
 
-def _crowded(store: MilvusStore, collections: _Pair, prefix: str) -> Iterator[list[_Rows]]:
+def _crowded(store: MilvusStore, collections: _Collections, prefix: str) -> Iterator[list[_Rows]]:
     """So narrow a range has very few documents, each of very many chunks."""
     seen: list[str] = []
     while True:
@@ -68,7 +68,7 @@ def _crowded(store: MilvusStore, collections: _Pair, prefix: str) -> Iterator[li
             seen.append(key)
 
 
-def _document(store: MilvusStore, collections: _Pair, key: str) -> Iterator[list[_Rows]]:
+def _document(store: MilvusStore, collections: _Collections, key: str) -> Iterator[list[_Rows]]:
     """One document, by the ordinals of its chunks."""
     first = 0
     while any(

@@ -145,6 +145,7 @@ def _evidence(hit: Hit) -> Evidence:
         source=hit.source,
         text=hit.text,
         score=min(1.0, max(-1.0, round(hit.score, _DECIMALS))),
+        data_subjects=hit.data_subjects,
     )
 
 

@@ -1,6 +1,7 @@
 """The Milvus sink: topic ``embeddings`` into collections that can be searched.
 
-In: ChunkEmbedded and DocumentIndexed. Out: a row for each chunk that stands. A batch is first folded into its net
+In: ChunkEmbedded and DocumentIndexed, and SubjectForgotten of topic ``privacy``. Out: a row for each chunk that stands
+and is about nobody who was forgotten. A batch is first folded into its net
 effect: what each document's last DocumentIndexed leaves standing, and the chunks that came after it; so the order of
 events counts, and a batch costs an upsert, a lookup and a delete for each collection. A repeat gives the same rows.
 Offsets are kept in Milvus too, and are noted after the rows they stand for have been flushed.
@@ -9,9 +10,10 @@ Offsets are kept in Milvus too, and are noted after the rows they stand for have
 from collections.abc import Sequence
 from typing import ClassVar
 
-from schemas.events import ChunkEmbedded, DocumentIndexed
+from schemas.events import ChunkEmbedded, DocumentIndexed, SubjectForgotten
 from schemas.topics import topic_of
 from sinks.errors import ReplacedError, StoreError
+from sinks.milvus.forgetting import erase
 from sinks.milvus.naming import collection_name, in_generation, offsets_name, row_key
 from sinks.milvus.store import ChunkRow, MilvusStore
 from sinks.sink import Offsets, Sink, SinkRecord
@@ -28,7 +30,7 @@ class MilvusSink(Sink):
     name: ClassVar[str] = "milvus"
 
     def __init__(self, store: MilvusStore, generation: int | None = None) -> None:
-        self.topics = topic_of(ChunkEmbedded).names()
+        self.topics = (*topic_of(ChunkEmbedded).names(), *topic_of(SubjectForgotten).names())
         self._store = store
         self._fixed = generation is not None
         self._generation = generation
@@ -67,13 +69,21 @@ class MilvusSink(Sink):
                 continue
             event = record.envelope.event
             if isinstance(event, ChunkEmbedded):
-                net.embedded(event)
+                # Nothing is left of one about somebody who was forgotten; that its row goes, another event says.
+                if not record.envelope.erased:
+                    net.embedded(event, record.envelope.metadata.data_subjects)
             elif isinstance(event, DocumentIndexed):
                 net.indexed(event)
+            elif isinstance(event, SubjectForgotten):
+                net.forgotten.add(event.key_id)
         self._remove_stale(net)
         for name, chunks in net.by_collection().items():
             collection = in_generation(name, self._fed)
-            self._store.upsert(collection, len(chunks[0].vector), [_row(chunk) for chunk in chunks])
+            rows = [_row(chunk, net.subjects.get(chunk.chunk_id, ())) for chunk in chunks]
+            self._store.upsert(collection, len(chunks[0].vector), rows)
+        # After the rows, so that whichever comes first, they or the note that somebody was forgotten, none is left.
+        if forgotten := net.forgotten | self._store.forgotten(net.about()).keys():
+            erase(self._store, offsets_name(self.name, self._fed), forgotten)
         self._store.note_offsets(offsets_name(self.name, self._fed), offsets)
 
     def close(self) -> None:
@@ -103,9 +113,18 @@ class _Net:
 
     def __init__(self) -> None:
         self.standing: dict[str, set[str]] = {}
+        self.forgotten: set[str] = set()
+        self.subjects: dict[str, tuple[str, ...]] = {}
         self._chunks: dict[str, dict[str, ChunkEmbedded]] = {}
 
-    def embedded(self, event: ChunkEmbedded) -> None:
+    def about(self) -> set[str]:
+        return {subject for subjects in self.subjects.values() for subject in subjects}
+
+    def embedded(self, event: ChunkEmbedded, subjects: tuple[str, ...]) -> None:
+        if subjects:
+            self.subjects[event.chunk_id] = subjects
+        else:
+            self.subjects.pop(event.chunk_id, None)
         key = row_key(event.chunk_id)
         self._chunks.setdefault(event.document_id, {})[key] = event
         if event.document_id in self.standing:
@@ -127,7 +146,7 @@ class _Net:
         return found
 
 
-def _row(chunk: ChunkEmbedded) -> ChunkRow:
+def _row(chunk: ChunkEmbedded, subjects: tuple[str, ...]) -> ChunkRow:
     return ChunkRow(
         chunk_id=row_key(chunk.chunk_id),
         document_id=chunk.document_id,
@@ -137,4 +156,5 @@ def _row(chunk: ChunkEmbedded) -> ChunkRow:
         source=chunk.source,
         text=chunk.text,
         vector=chunk.vector,
+        data_subjects=subjects,
     )

@@ -31,6 +31,8 @@ logging.getLogger("milvus_lite").setLevel(logging.CRITICAL)
 # Milvus Lite's server logs every call of the client that it does not know; the client does without them.
 logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
 
+_log = logging.getLogger(__name__)
+
 _MAX_BYTES: Final = 65_535
 """The longest VARCHAR that Milvus holds."""
 
@@ -42,10 +44,13 @@ _PAGE: Final = 8_192
 
 _GENERATION: Final = "@generation"
 """The row of the offsets' collection that says which generation of the index is in use: one write switches over."""
+_FORGOTTEN: Final = "@forgotten"
+"""Rows of the offsets' collection that say whose rows were deleted for good, and how many."""
 _KNOWN_S: Final = 1.0
 """How long another process may go on with a generation that is no longer in use."""
 
-_RESULT: Final = ("chunk_id", "document_id", "title", "heading", "source", "text")
+_SUBJECTS: Final = "subjects"
+_RESULT: Final = ("chunk_id", "document_id", "title", "heading", "source", "text", _SUBJECTS)
 _WHOLE: Final = (*_RESULT, "document_key", "ordinal", "vector")
 
 ResultT = TypeVar("ResultT")
@@ -63,11 +68,12 @@ class ChunkRow:
     source: str
     text: str
     vector: Sequence[float]
+    data_subjects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A chunk that was found, and the cosine of its vector and the query's."""
+    """A chunk that was found, and the cosine of its vector and the query's. ``subjects`` is as the row has it."""
 
     chunk_id: str
     document_id: str
@@ -75,7 +81,13 @@ class Hit:
     heading: str
     source: str
     text: str
+    subjects: str
     score: float
+
+    @property
+    def data_subjects(self) -> tuple[str, ...]:
+        """The key ids of the people that the chunk is about."""
+        return tuple(self.subjects.split(",")) if self.subjects else ()
 
 
 class MilvusStore:
@@ -111,6 +123,7 @@ class MilvusStore:
         with self._lock:
             if self._users == 0:
                 self._client = self._connect()
+                self._renew()
             self._users += 1
 
     def close(self) -> None:
@@ -194,12 +207,16 @@ class MilvusStore:
                 "source": _fitting(row.source),
                 "text": _fitting(row.text),
                 "vector": row.vector,
+                _SUBJECTS: ",".join(row.data_subjects),
             }
             for row in rows
         ]
+        self._insert(collection, data)
+
+    def _insert(self, collection: str, data: Sequence[dict[str, Any]]) -> None:
         for page in _pages(data, 1_000):
             self._do(partial(_upsert, collection=collection, rows=page))
-        self._wrote(collection, len(rows))
+        self._wrote(collection, len(data))
 
     def chunk_ids(self, collection: str, document_ids: Iterable[str]) -> dict[str, set[str]]:
         """The chunks that ``collection`` holds of each of the documents, of each 16,384 at most."""
@@ -312,6 +329,68 @@ class MilvusStore:
             self._load(OFFSETS)
             self._do(lambda client: client.delete(OFFSETS, filter=f"sink == {_literals([sink])[1:-1]}"))
 
+    # Data subjects who were forgotten
+
+    def forgotten(self, subjects: Iterable[str]) -> dict[str, int]:
+        """Which of these key ids are noted as forgotten, each with the number that was noted."""
+        if not self._exists(OFFSETS):
+            return {}
+        self._load(OFFSETS)
+        found = {}
+        for page in _pages(sorted(subjects), 256):
+            places = _literals([f"{_FORGOTTEN}/{key_id}/0" for key_id in page])
+            for row in self._rows(OFFSETS, f"place in {places}", ["topic", "next_offset"]):
+                found[row["topic"]] = int(row["next_offset"])
+        return found
+
+    def note_forgotten(self, subject: str, rows: int) -> None:
+        """Note that the key id is a forgotten subject's, with a number; on disk at once."""
+        self._write_offsets(_FORGOTTEN, {(subject, 0): rows})
+        if self.embedded:
+            self._do(partial(_flush, collection=OFFSETS))
+
+    def about(self, collection: str, subject: str) -> list[str]:
+        """Ids of chunks about the subject of a key id, 16,384 at most."""
+        self._load(collection)
+        return [row["chunk_id"] for row in self._rows(collection, f'{_SUBJECTS} like "%{subject}%"', ["chunk_id"])]
+
+    def all_collections(self) -> list[str]:
+        """Every collection of chunks: of all generations, and those that rebuilds were told to keep."""
+        names: list[str] = self._do(lambda client: client.list_collections())
+        return sorted(name for name in names if "chunks_" in name)
+
+    def purge(self, collection: str, rows: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Let nothing of deleted rows stay in files. ``rows`` gives those that there still are, whole.
+
+        A server is told to compact, and deletes the old segments later. Milvus Lite compacts four files of a size at
+        once or none, so there the collection is made anew: whoever feeds it must have forgotten its offsets before.
+        """
+        if not self.embedded:
+            self._do(lambda client: client.flush(collection))
+            self._do(lambda client: client.compact(collection))
+            return
+        with self._lock:
+            kept = list(rows())
+            dimensions = self._do(lambda client: _dimensions(client, collection))
+            self.drop(collection)
+            self._ensure(collection, lambda client: self._create_chunks(client, collection, dimensions))
+            self._insert(collection, kept)
+            self._do(partial(_flush, collection=collection))
+            self._unflushed[collection] = 0
+
+    def _renew(self) -> None:
+        """Drop collections of an earlier release, whose rows don't say whom they are about, and all offsets before: the
+        index is then made again from the log."""
+        stale = [
+            name for name in self.all_collections() if _SUBJECTS not in self._do(partial(_fields, collection=name))
+        ]
+        if stale and self._exists(OFFSETS):
+            self._load(OFFSETS)
+            self._do(lambda client: client.delete(OFFSETS, filter=f'sink != "{_GENERATION}"'))
+        for name in stale:
+            _log.warning("the index %s was made by an earlier release; it is made again from the log", name)
+            self.drop(name)
+
     # Generations
 
     def generation(self, *, fresh: bool = False) -> int:
@@ -416,7 +495,7 @@ class MilvusStore:
         schema.add_field("chunk_id", DataType.VARCHAR, is_primary=True, max_length=512)
         schema.add_field("document_key", DataType.VARCHAR, max_length=64)
         schema.add_field("ordinal", DataType.INT64)
-        for name in ("document_id", "title", "heading", "source", "text"):
+        for name in ("document_id", "title", "heading", "source", "text", _SUBJECTS):
             schema.add_field(name, DataType.VARCHAR, max_length=_MAX_BYTES)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimensions)
         index = client.prepare_index_params()
@@ -433,6 +512,15 @@ class MilvusStore:
                 client.query(collection, filter=where, output_fields=fields, limit=limit, consistency_level="Strong")
             )
         )
+
+
+def _fields(client: Any, *, collection: str) -> list[str]:
+    return [field["name"] for field in client.describe_collection(collection)["fields"]]
+
+
+def _dimensions(client: Any, collection: str) -> int:
+    fields = client.describe_collection(collection)["fields"]
+    return next(int(field["params"]["dim"]) for field in fields if field["name"] == "vector")
 
 
 def _upsert(client: Any, *, collection: str, rows: Sequence[dict[str, Any]]) -> None:
