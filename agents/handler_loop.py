@@ -84,6 +84,8 @@ class HandlerLoop:
 
     def __init__(self) -> None:
         self.owner: Owner | None = None
+        self.real: asyncio.AbstractEventLoop | None = None
+        """The loop whose place it has, while it is the running one for several handlers."""
         self.spare: list[Any] = []
         """What :func:`agents.turns.begin` made and may use again."""
 

@@ -283,7 +283,7 @@ class Committer:
             settled[partition.rank] += entry.settles
             if entry.committed is not None:
                 entry.committed()
-            if type(entry) is Work and (entry.envelope is not None or entry.dead):
+            if type(entry) is Work and entry.outputs >= 0:
                 events += 1
                 outputs += entry.outputs
                 dead += entry.dead

@@ -2,7 +2,8 @@
 
 In: items, each with its lane. Out: a call of the runner for each, in lane order. Runs are done by worker tasks that
 take the next ready lane when they are through with one, so that handlers which never wait cost no task and no coroutine
-each, and each handler still runs within one task from begin to end (asyncio.timeout and cancellation need that).
+each. Where nothing is ready and there is a place, whoever has an item may run it at once, without a lane, and hand it
+over if it has to wait (:meth:`Dispatcher.at_once`): most items need nothing of all this.
 
 Which lane is next: where several ranks have ready lanes, high gets 16 picks to 4 of normal's and 1 of low's. Whatever
 the others do, a normal lane that is first among its rank's ready ones is taken within 10 picks and a low one within 85
@@ -125,13 +126,28 @@ class Worker(Generic[ItemT]):
     ``rank`` is that of its latest item, and its place counts among that rank's until it takes another's.
     """
 
-    __slots__ = ("item", "rank", "since", "task")
+    __slots__ = ("_begun", "_unwanted", "item", "rank", "since", "task")
 
     def __init__(self) -> None:
         self.item: ItemT | None = None
         self.rank = -1
         self.since = 0.0
         self.task: asyncio.Task[None] | None = None
+        self._begun = self._unwanted = False
+
+    def cancel(self) -> None:
+        """Cancel what it runs."""
+        # A task that is cancelled before its first step never takes one, and nobody would hear of its item's end.
+        if self._begun and self.task is not None:
+            self.task.cancel()
+        self._unwanted = True
+
+    def begin(self) -> bool:
+        """For its task to call first; False: it was cancelled before, which it meets when it waits next."""
+        self._begun = True
+        if self._unwanted and self.task is not None:
+            self.task.cancel()
+        return not self._unwanted
 
 
 class Dispatcher(Generic[ItemT]):
@@ -172,6 +188,25 @@ class Dispatcher(Generic[ItemT]):
                 self._pumping = True
                 self._loop.call_soon(self._pump)
 
+    def at_once(self, rank: int) -> bool:
+        """Whether an item of ``rank`` whose lane is empty may be run by who has it: no other is to go before it, and
+        there is a worker's place for it if it has to wait, in which case it is to be given to :meth:`go_on`.
+        """
+        high, normal, low = self._ready
+        if high or normal or low or len(self.workers) >= self._concurrency or self._closed:
+            return False
+        _, normals, lows = self._taken
+        return rank == HIGH or (normals + lows < self._most_below_high and (rank != LOW or lows < self._most_low))
+
+    def go_on(self, lane: Lane[ItemT], item: ItemT, rest: Awaitable[None]) -> None:
+        """See ``item``, which was begun under :meth:`at_once` and is all of its ``lane``, through to its end."""
+        lane._state = _READY
+        worker: Worker[ItemT] = Worker()
+        worker.item, worker.rank, worker.since = item, lane.rank, self._loop.time()
+        self._taken[lane.rank] += 1
+        self.workers.add(worker)
+        worker.task = self._loop.create_task(self._work(worker, lane, rest))
+
     def hold(self, lane: Lane[ItemT], item: ItemT) -> None:
         """Put ``item`` at the lane's front and let the lane wait until :meth:`release`, which costs no worker.
 
@@ -200,7 +235,7 @@ class Dispatcher(Generic[ItemT]):
         tasks = []
         for worker in self.workers:
             if worker.item is not None and worker.task is not None and chosen(worker.item):
-                worker.task.cancel()
+                worker.cancel()
                 tasks.append(worker.task)
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
@@ -209,8 +244,7 @@ class Dispatcher(Generic[ItemT]):
         """Start nothing any more, and cancel what runs; it has ended a few turns of the loop later."""
         self._closed = True
         for worker in self.workers:
-            if worker.task is not None:
-                worker.task.cancel()
+            worker.cancel()
 
     def _pump_soon(self) -> None:
         if not self._pumping:
@@ -252,11 +286,21 @@ class Dispatcher(Generic[ItemT]):
             worker.rank = rank
         return rank
 
-    async def _work(self, worker: Worker[ItemT]) -> None:
-        run, idle, clock, workers, most = self._run, self._idle, self._loop.time, self.workers, self._concurrency
+    async def _work(
+        self, worker: Worker[ItemT], lane: Lane[ItemT] | None = None, rest: Awaitable[None] | None = None
+    ) -> None:
+        """Run what is ready; first of all the ``rest`` of the worker's item in ``lane``, if it has one."""
+        run, clock, workers, most = self._run, self._loop.time, self.workers, self._concurrency
         queue = first = second = deque[Lane[ItemT]]()
         left = _BURST
+        wanted = worker.begin()
         try:
+            if lane is not None and worker.item is not None and rest is not None:
+                await rest
+                self._ended(lane, worker.item)
+                worker.item = None
+            if not wanted:
+                await asyncio.sleep(0)
             while not self._closed:
                 # Mostly one rank alone is ready, and the worker has a place of it: then there is nothing to choose.
                 if first or second or not queue:
@@ -279,13 +323,7 @@ class Dispatcher(Generic[ItemT]):
                 if rest is not None:
                     worker.since = clock()
                     await rest
-                if lane._state != _READY:
-                    lane._state = _HELD
-                elif items:
-                    queue.append(lane)
-                else:
-                    lane._state = _IDLE
-                    idle(lane, item)
+                self._ended(lane, item)
                 left -= 1
                 if not left:
                     left = _BURST
@@ -293,8 +331,8 @@ class Dispatcher(Generic[ItemT]):
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
             # Of its item, whose partition was taken away or whose step was stopped; the lane goes on.
-            if worker.item is not None:
-                self._leave(lane, worker.item)
+            if worker.item is not None and lane is not None:
+                self._ended(lane, worker.item)
         except Exception as error:  # noqa: BLE001 - handed on: the processor ends with it
             self._failed(error)
         finally:
@@ -305,7 +343,7 @@ class Dispatcher(Generic[ItemT]):
             if any(self._ready):
                 self._pump_soon()
 
-    def _leave(self, lane: Lane[ItemT], item: ItemT) -> None:
+    def _ended(self, lane: Lane[ItemT], item: ItemT) -> None:
         if lane._state != _READY:
             lane._state = _HELD
         elif lane.items:

@@ -42,6 +42,7 @@ class Firing:
         self._partitions = partitions
         self._add = add
         self._stats = stats
+        self._loop = asyncio.get_running_loop()
         self._next: asyncio.TimerHandle | None = None
 
     def look(self) -> None:
@@ -55,7 +56,7 @@ class Firing:
         self.stop()
         if first is not None:
             wait_s = max(0.0, (first - datetime.now(UTC)).total_seconds())
-            self._next = asyncio.get_running_loop().call_later(min(wait_s, _LOOK_AGAIN_S), self._fire)
+            self._next = self._loop.call_later(min(wait_s, _LOOK_AGAIN_S), self._fire)
 
     def stop(self) -> None:
         """Fire nothing more."""

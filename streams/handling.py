@@ -31,8 +31,8 @@ from schemas.record import Record
 from streams.binding import Binding
 from streams.changelog import Timer, effect_key, parked_key, run_key, state_key, timer_key, timer_value
 from streams.errors import StateError
-from streams.messages import DEAD_LETTERS, Messages, about_nobody
-from streams.partition import Entry, Partition, Trial, Work
+from streams.messages import DEAD_LETTERS, Messages, about_nobody, cause_of
+from streams.partition import NO_RECORD, Entry, Partition, Trial, Work
 from streams.state import StateCodec
 from streams.stats import Stats
 from streams.transactor import Outgoing
@@ -425,21 +425,21 @@ class Handling:
         Raises:
             StateError: it is what a restore needs; going on without it would decide wrongly afterwards.
         """
-        topic, key, value, _, _ = entry.messages[at]
+        topic, key, value, headers, _ = entry.messages[at]
         size = 0 if value is None else len(value)
         if topic == entry.partition.changelog or not isinstance(entry, Work):
             raise StateError(
                 f"{topic} refuses {key!r}, {size} bytes: {error}; raise its max.message.bytes to what Magnatronic "
                 "creates it with"
             )
-        if topic == DEAD_LETTERS and not entry.record.value:
-            del entry.messages[at]
+        if topic == DEAD_LETTERS and entry.record is not NO_RECORD:
+            del entry.messages[at]  # it was that letter
             return
-        record = entry.record
-        bare = Record(record.topic, record.partition, record.offset, record.timestamp_ms, record.key, b"", ())
+        partition = entry.partition
+        bare = Record(partition.topic, partition.number, entry.order, entry.timestamp_ms, entry.key, b"", ())
         entry.record = bare
         entry.dead = True
-        cause = None if entry.envelope is None else entry.envelope.metadata
+        cause = cause_of(headers)
         said = f"{topic} refused an output of {size} bytes: {error}"
         entry.messages[at] = self._messages.dead_letter(bare, cause, "OutputRefused", said, attempts=1)
 
@@ -470,6 +470,7 @@ class Handling:
         for message in messages:
             size += len(message[2] or b"")
         work.bytes = size
+        work.record, work.envelope = NO_RECORD, None
 
     def _forget(self, work: Work, trial: Trial) -> None:
         partition = work.partition

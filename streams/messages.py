@@ -4,6 +4,7 @@ In: what an agent emitted, or a record that it could not process. Out: :data:`~s
 their topics take.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -19,7 +20,7 @@ from schemas.sealing import SUBJECTS, subjects_of
 from schemas.topics import all_topics, topic_name, topic_of
 from streams.transactor import Outgoing
 
-__all__ = ["DEAD_LETTERS", "Messages", "about_nobody"]
+__all__ = ["DEAD_LETTERS", "Messages", "about_nobody", "cause_of"]
 
 DEAD_LETTERS: Final = topic_of(DeadLettered).name
 
@@ -115,6 +116,23 @@ class Messages:
 def about_nobody(envelope: Envelope) -> Envelope:
     """The event without what is personal in it, and without data subjects."""
     return Envelope(blank(envelope.event), replace(envelope.metadata, data_subjects=()), erased=True)
+
+
+def cause_of(headers: Sequence[tuple[str, bytes]] | None) -> Metadata | None:
+    """What the headers of one of our messages tell of the event that it answers; None when it answers none."""
+    told = dict(headers or ())
+    cause = told.get("ce_causationid", b"").decode()
+    if not cause:
+        return None
+    return Metadata(
+        cause,
+        "",
+        "",
+        _EPOCH,
+        correlation_id=told.get("ce_correlationid", b"").decode(),
+        traceparent=told.get("traceparent", b"").decode(),
+        data_subjects=subjects_of(told[SUBJECTS]) if SUBJECTS in told else (),
+    )
 
 
 def _named(record: Record) -> tuple[str, ...]:

@@ -23,10 +23,12 @@ from streams.transactor import Outgoing
 if TYPE_CHECKING:
     from streams.tracing import StepTrace
 
-__all__ = ["AFTER_ALL", "LIFE", "Entry", "Partition", "Trial", "Work"]
+__all__ = ["AFTER_ALL", "LIFE", "NO_RECORD", "Entry", "Partition", "Trial", "Work"]
 
 AFTER_ALL: Final = 2**62
 """The ``order`` of an entry that follows whatever else its partition has to commit."""
+NO_RECORD: Final = Record("", -1, -1, 0, None, None)
+"""The record of a work that is finished."""
 LIFE: Final = uuid4().hex
 """Names this life of the process. A partition that it lost and gets back had no owner that died in between."""
 
@@ -176,13 +178,31 @@ class Trial:
 
 
 class Work(Entry):
-    """One event in flight, and when it is finished what it leaves."""
+    """One event in flight, and when it is finished what it leaves.
 
-    __slots__ = ("dead", "envelope", "journal", "lane", "outputs", "record", "since", "trace", "trial")
+    What it was made from is forgotten then: thousands wait for their commit, and an event is dozens of objects.
+    ``outputs`` is -1 until it is finished, and stays so if it is another agent's.
+    """
+
+    __slots__ = (
+        "dead",
+        "envelope",
+        "journal",
+        "key",
+        "lane",
+        "outputs",
+        "record",
+        "since",
+        "timestamp_ms",
+        "trace",
+        "trial",
+    )
 
     def __init__(self, partition: Partition, record: Record, since: float) -> None:
         self.partition = partition
         self.record = record
+        self.key = record.key
+        self.timestamp_ms = record.timestamp_ms
         self.offset = self.order = record.offset
         self.since = since
         self.settles = 1
@@ -190,7 +210,7 @@ class Work(Entry):
         self.lane = ""
         self.messages = []
         self.bytes = 0
-        self.outputs = 0
+        self.outputs = -1
         self.dead = False
         self.committed = None
         self.journal: Journal | None = None

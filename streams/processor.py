@@ -14,36 +14,30 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
 from agents.context import Ports
-from agents.step import concerns, lane_of
 from schemas.codec import Codec
-from schemas.errors import UnavailableError
-from schemas.events import StepAssigned, TimerFired
-from schemas.metadata import REDRIVE_HEADER
-from schemas.record import Record
 from streams.background import Background
 from streams.binding import Binding
 from streams.committer import Committer
-from streams.dispatch import Dispatcher, Lane, Worker, rank_of
-from streams.errors import ClusterError
+from streams.dispatch import Worker, rank_of
 from streams.fetcher import Fetcher
 from streams.firing import Firing
 from streams.handling import Handling
+from streams.intake import Intake
 from streams.kafka import consumer_settings, instance_id, transactional_ids, transactional_settings
 from streams.lease import Lease
 from streams.messages import Messages
 from streams.ownerless import OwnerWatch
-from streams.parking import Parking
 from streams.partition import Partition, Work
 from streams.rights import check_rights
 from streams.state import StateCodec, changelog_topic, ensure_changelogs
 from streams.stats import Stats
-from streams.suspects import Suspects, owner_left, owner_marker
+from streams.suspects import owner_left, owner_marker
 from streams.takeover import take_over
 from streams.transactor import Transactor
 
@@ -53,9 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["Processor"]
 
 _TICK_S: Final = 1.0
-_TIMED: Final = 64
-_TIMED_MASK: Final = 15
-"""So many of a second's handlers are timed, and of the others one in sixteen."""
 _REVOKE_S: Final = 5.0
 _CANCEL_S: Final = 1.0
 _MARKED_S: Final = 5.0
@@ -101,7 +92,6 @@ class Processor:
         self._tracer = tracer
         agent = binding.agent
         self.name = instance_id(binding.group, slot)
-        self._consumes = frozenset(agent.consumes)
         self._state_codec = None if agent.state_type is None else StateCodec(agent.state_type, codec.cipher)
         self._handling = Handling(
             binding,
@@ -118,12 +108,10 @@ class Processor:
         self._joined = False
         self._fetcher: Fetcher
         self._owner_watch: OwnerWatch
-        self._dispatcher: Dispatcher[Work]
         self._transactor: Transactor
         self._committer: Committer
-        self._suspects: Suspects
         self._lease: Lease
-        self._parking: Parking
+        self._intake: Intake
         self._firing: Firing
 
     @property
@@ -139,7 +127,7 @@ class Processor:
     @property
     def workers(self) -> Collection[Worker[Work]]:
         """What runs now."""
-        return self._dispatcher.workers if hasattr(self, "_dispatcher") else ()
+        return self._intake.dispatcher.workers if hasattr(self, "_intake") else ()
 
     @property
     def restoring(self) -> Collection[tuple[str, int]]:
@@ -211,13 +199,6 @@ class Processor:
     def _assemble(self, thread: Background) -> None:
         binding = self.binding
         ranks = {rank_of(topic) for topic in binding.topics}
-        self._dispatcher = Dispatcher(
-            self._handle,
-            concurrency=binding.concurrency,
-            idle=_lane_idle,
-            failed=self._fail,
-            ranks=ranks,
-        )
         self._fetcher = Fetcher(
             consumer_settings(self._kafka, binding.group, self._slot, session_timeout_ms=self._session_timeout_ms),
             binding.topics,
@@ -246,18 +227,26 @@ class Processor:
             ranks=ranks,
         )
         self._lease = Lease(self._committer.add)
-        self._suspects = Suspects(
-            self._handling, self._committer.add, max_crashes=binding.max_crashes, max_in_flight=binding.max_in_flight
-        )
-        self._parking = Parking(
-            binding, self._dispatcher, self._committer.add, self._handling.journal_entry, self._read
-        )
         self._firing = Firing(
             binding.agent,
             Messages(binding.agent, self._codec),
             lambda: self._owned.values(),
             self._committer.add,
             self.stats,
+        )
+        self._intake = Intake(
+            self.name,
+            binding,
+            self._codec,
+            self._handling,
+            self._committer,
+            self._firing,
+            owned=self._owned,
+            settle=self._fetcher.settle,
+            cancelled=self._cancelled,
+            fail=self._fail,
+            stats=self.stats,
+            tracer=self._tracer,
         )
 
     async def _drain(self) -> None:
@@ -276,7 +265,7 @@ class Processor:
             for lane in partition.lanes.values():
                 if lane.held:
                     held += sum(work.settles for work in lane.items)
-        parked = sum(1 for worker in self._dispatcher.workers if worker.item is not None and not worker.item.settles)
+        parked = sum(1 for worker in self.workers if worker.item is not None and not worker.item.settles)
         return max(self._fetcher.in_flight - held + parked, int(self._committer.pending))
 
     async def _leave(self) -> None:
@@ -284,8 +273,8 @@ class Processor:
         self._fetcher.stop()
         # Closing the consumer calls `revoked`, which commits what is finished.
         await asyncio.wait([self._fetcher.finished])
-        self._dispatcher.close()
-        await self._dispatcher.cancel(lambda _: True, _CANCEL_S)
+        self._intake.dispatcher.close()
+        await self._intake.dispatcher.cancel(lambda _: True, _CANCEL_S)
         self._firing.stop()
 
     def _fail(self, error: BaseException) -> None:
@@ -294,7 +283,7 @@ class Processor:
             for partition in self._owned.values():
                 partition.owned = False
             # What would be done from here on is another owner's.
-            self._dispatcher.close()
+            self._intake.dispatcher.close()
         self._stop.set()
         self._committer.wake()
         self._committer.release()
@@ -328,7 +317,7 @@ class Processor:
         self.stats.assigned += len(prepared)
         for partition in prepared:
             self._owned[partition.topic, partition.number] = partition
-            self._suspects.suspect(partition)
+            self._intake.suspects.suspect(partition)
             self._committer.add(owner_marker(partition))
             # 0 where nothing was committed; OFFSET_BEGINNING would be looked up first, which takes half a second.
             places.append(TopicPartition(partition.topic, partition.number, partition.tracker.first_unfinished or 0))
@@ -344,7 +333,7 @@ class Processor:
                 break
             await self._committer.through(0.1)
         for partition in prepared:
-            self._parking.restore(partition)
+            self._intake.parking.restore(partition)
         self._firing.look()
         self._joined = True
         if places:
@@ -366,10 +355,10 @@ class Processor:
             for lane in partition.lanes.values():
                 dropped[partition.rank] += sum(work.settles for work in lane.items)
                 for work in lane.items:
-                    self._parking.left(work)
+                    self._intake.parking.left(work)
                 lane.items.clear()
-        running = sum(1 for worker in self._dispatcher.workers if worker.item and id(worker.item.partition) in gone)
-        await self._dispatcher.cancel(lambda work: id(work.partition) in gone, _CANCEL_S)
+        running = sum(1 for worker in self.workers if worker.item and id(worker.item.partition) in gone)
+        await self._intake.dispatcher.cancel(lambda work: id(work.partition) in gone, _CANCEL_S)
         if not lost:
             for partition in leaving:
                 self._committer.add(owner_left(partition))
@@ -390,113 +379,8 @@ class Processor:
             self._fetcher.settle(count, rank)
 
     def received(self, messages: Sequence[Message]) -> None:
-        """Decode a batch and put each event into its lane."""
-        now = time.monotonic()
-        owned, submit, read = self._owned, self._dispatcher.submit, self._read
-        agent_name = self.binding.agent.name.encode()
-        for message in messages:
-            topic, number, offset = message.topic(), message.partition(), message.offset()
-            partition = owned.get((topic, number))
-            if partition is None or not partition.tracker.begin(offset):
-                self._fetcher.settle(1, rank_of(topic) if partition is None else partition.rank)
-                continue
-            headers = message.headers() or ()
-            record = Record(topic, number, offset, message.timestamp()[1], message.key(), message.value(), headers)
-            work = Work(partition, record, now)
-            if headers and headers[-1][0] == REDRIVE_HEADER and headers[-1][1] != agent_name:
-                # Sent once more for another agent that had failed on it.
-                self._skip(work)
-                continue
-            lane = read(work)
-            if lane is not None:
-                submit(lane, work)
-                if lane.held:
-                    self._parking.behind(lane, work)
-            elif self._failure is not None:
-                return
-
-    def _read(self, work: Work) -> Lane[Work] | None:
-        """The lane of the work's event; None when there is nothing to run: it is another's, or no event."""
-        partition, agent = work.partition, self.binding.agent
-        try:
-            work.envelope = envelope = self._codec.decode(work.record)
-            event = envelope.event
-            kind = type(event)
-            if kind not in self._consumes or (kind is TimerFired and not concerns(agent, event)):
-                # Another agent's: several types share a topic. Its offset goes with the next commit.
-                work.envelope = None
-                self._skip(work)
-                return None
-            work.lane = key = lane_of(agent, event) if kind is TimerFired else agent.lane(event)
-        except UnavailableError as error:
-            # Nobody can say what the bytes mean now; going on would change the order of their lane.
-            place = f"{partition.topic}[{partition.number}]@{work.order}"
-            self._fail(ClusterError(f"{self.name}: {place}: {error}"))
-            return None
-        except Exception as error:  # noqa: BLE001 - hostile bytes, or an agent that can't tell the lane
-            work.envelope = None
-            self._handling.unreadable(work, error)
-            self._finish(work)
-            return None
-        if self._tracer is not None:
-            work.envelope, work.trace = self._tracer.begin(agent.name, envelope, work.record)
-        lane = partition.lanes.get(key)
-        if lane is None:
-            lane = partition.lanes[key] = Lane(key, partition.rank)
-        return lane
-
-    def _skip(self, work: Work) -> None:
-        self.stats.skipped += 1
-        self._finish(work)
-
-    # Handlers.
-
-    def _handle(self, work: Work) -> Coroutine[Any, Any, None] | None:
-        """Handle the event; what is left of it when its handler waits is to be awaited."""
-        began = 0.0
-        if (self._cancelled or work.trial is not None) and self._is_cancelled(work):
-            self._handling.cancelled(work)
-            rest = None
-        elif work.order < work.partition.suspect_until:
-            rest = self._suspects.run(work)
-        elif len(self.stats.handler_latencies) < _TIMED or not work.order & _TIMED_MASK:
-            began = time.monotonic()
-            if work.trial is None:
-                self.stats.waits[work.partition.rank].append(began - work.since)
-            rest = self._handling.begin(work)
-            if rest is None:
-                self.stats.handler_latencies.append(time.monotonic() - began)
-        else:
-            rest = self._handling.begin(work)
-        if rest is not None:
-            return self._handle_rest(work, rest, began)
-        self._finish(work)
-        return None
-
-    async def _handle_rest(self, work: Work, rest: Coroutine[Any, Any, float | None], began: float) -> None:
-        try:
-            wait_s = await rest
-        except asyncio.CancelledError:
-            # Its partition is revoked, and the event its next owner's.
-            self._fetcher.settle(work.settles, work.partition.rank)
-            self._parking.left(work)
-            raise
-        finally:
-            if began:
-                self.stats.handler_latencies.append(time.monotonic() - began)
-        if wait_s is None:
-            self._finish(work)
-        else:
-            self._parking.wait(work.partition.lanes[work.lane], work, wait_s)
-
-    def _finish(self, work: Work) -> None:
-        if not work.settles:
-            self._parking.left(work)
-        self._committer.add(work)
-        if work.partition.timers.changed:
-            self._firing.look()
-
-    # Cancellation.
+        """Handle a batch."""
+        self._intake.received(messages)
 
     def cancel_step(self, step_id: str, reason: str) -> None:
         """End the step, whether it runs, waits in its lane or waits for another attempt.
@@ -504,29 +388,8 @@ class Processor:
         What it decided is dropped, what it paid for is recorded. ``cancelled`` should have it too, for what arrives
         later.
         """
-        for worker in list(self._dispatcher.workers) if hasattr(self, "_dispatcher") else ():
-            work = worker.item
-            if work is not None and _is_step(work, step_id) and worker.task is not None:
-                work.tried().cancelled = reason
-                worker.task.cancel()
-        for partition in self._owned.values():
-            lane = partition.lanes.get(step_id)
-            if lane is None:
-                continue
-            for work in lane.items:
-                if _is_step(work, step_id):
-                    work.tried().cancelled = reason
-            if lane.held:
-                self._dispatcher.release(lane)
-
-    def _is_cancelled(self, work: Work) -> bool:
-        if work.trial is not None and work.trial.cancelled is not None:
-            return True
-        reason = self._cancelled.get(work.lane)
-        if reason is None or not _is_step(work, work.lane):
-            return False
-        work.tried().cancelled = reason
-        return True
+        if hasattr(self, "_intake"):
+            self._intake.cancel_step(step_id, reason)
 
     # What is due each second.
 
@@ -536,14 +399,14 @@ class Processor:
             await asyncio.sleep(_TICK_S)
             stats = self.stats
             stats.in_flight = self._fetcher.in_flight
-            stats.parked = self._parking.parked
+            stats.parked = self._intake.parking.parked
             lag = 0
             for partition in self._owned.values():
                 partition.expire_due = True
                 partition.end = end = self._fetcher.high_watermark(partition.topic, partition.number)
                 first = partition.tracker.first_unfinished or 0
                 lag += max(0, end - first)
-                self._suspects.clear(partition, end)
+                self._intake.suspects.clear(partition, end)
             stats.lag = lag
             self._cancel_hung()
             self._committer.wake()
@@ -554,20 +417,11 @@ class Processor:
         if limit is None:
             return
         now = asyncio.get_running_loop().time()
-        for worker in self._dispatcher.workers:
+        for worker in self._intake.dispatcher.workers:
             work = worker.item
             if work is None or worker.task is None or now - worker.since <= limit:
                 continue
             trial = work.tried()
             if not trial.hung and now - trial.began > limit:
                 trial.hung = True
-                worker.task.cancel()
-
-
-def _lane_idle(lane: Lane[Work], work: Work) -> None:
-    work.partition.lanes.pop(lane.key, None)
-
-
-def _is_step(work: Work, step_id: str) -> bool:
-    event = None if work.envelope is None else work.envelope.event
-    return isinstance(event, StepAssigned) and event.step_id == step_id
+                worker.cancel()

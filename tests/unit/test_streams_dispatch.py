@@ -510,3 +510,128 @@ async def test_a_worker_that_never_waits_stops_when_it_is_closed() -> None:
         harness.submit("a", number)
     await harness.at_rest()
     assert harness.seen["a"] == [0, 1, 2]
+
+
+# Items that whoever has them begins.
+
+
+class AtOnce(Harness):
+    """Begins items itself where it may, the way the processor does; ``begun`` are those."""
+
+    def __init__(self, handle: Callable[[Item], object], concurrency: int, ranks: Collection[int] = RANKS) -> None:
+        super().__init__(handle, concurrency, ranks)
+        self.begun: list[Item] = []
+
+    def submit(self, key: str, number: int, rank: int = NORMAL) -> None:
+        if key in self.lanes or not self.dispatcher.at_once(rank):
+            super().submit(key, number, rank)
+            return
+        self.begun.append((key, number))
+        lane = self.lanes[key] = Lane(key, rank)
+        self.dispatcher.go_on(lane, (key, number), self._run((key, number)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    concurrency=st.integers(1, 24),
+    lanes=st.lists(st.tuples(st.sampled_from(RANKS), st.integers(1, 8)), min_size=1, max_size=40),
+    cancels=st.booleans(),
+)
+async def test_items_begun_at_once_keep_lane_order_and_limits(
+    seed: int, concurrency: int, lanes: list[tuple[int, int]], cancels: bool
+) -> None:
+    rng = random.Random(seed)
+    below_high, most_low = limits(concurrency)
+    cancelled = 0
+
+    async def handle(item: Item) -> None:
+        nonlocal cancelled
+        lows = harness.running_of[LOW]
+        assert harness.running <= concurrency
+        assert lows <= most_low
+        assert lows + harness.running_of[NORMAL] <= below_high
+        try:
+            for _ in range(rng.randrange(5)):
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            cancelled += 1
+            raise
+
+    harness = AtOnce(handle, concurrency)
+    items = [(f"lane{place}", rank, number) for place, (rank, count) in enumerate(lanes) for number in range(count)]
+    items.sort(key=lambda one: (one[2], rng.random()))
+    for key, rank, number in items:
+        harness.submit(key, number, rank)
+        if cancels and rng.random() < 0.1:
+            chosen = f"lane{rng.randrange(len(lanes))}"
+            await harness.dispatcher.cancel(lambda item, chosen=chosen: item[0] == chosen, 1.0)  # type: ignore[misc]
+        elif rng.random() < 0.3:
+            await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while harness.done + cancelled < len(items):  # noqa: ASYNC110 - what is cancelled sets no event
+            await asyncio.sleep(0)
+    await harness.at_rest()
+    assert harness.errors == []
+    assert all(numbers == sorted(numbers) for numbers in harness.seen.values())
+    assert not harness.lanes
+    assert not harness.dispatcher.workers
+
+
+async def test_nothing_is_begun_at_once_where_something_is_ready_or_no_place_is_left() -> None:
+    release = asyncio.Event()
+
+    async def wait(_: Item) -> None:
+        await release.wait()
+
+    harness = AtOnce(wait, concurrency=16)
+    for number in range(13):
+        harness.submit(f"low{number}", number, LOW)
+    for number in range(3):
+        harness.submit(f"normal{number}", number, NORMAL)
+    assert harness.begun == [(f"low{number}", number) for number in range(12)], "a low one is ready, which goes first"
+    harness.submit("high", 0, HIGH)
+    assert len(harness.begun) == 12
+    release.set()
+    await harness.until(17)
+    await harness.at_rest()
+    harness.submit("high", 1, HIGH)
+    assert harness.begun[-1] == ("high", 1)
+    harness.dispatcher.close()
+    assert not harness.dispatcher.at_once(HIGH)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_an_item_that_is_cancelled_before_its_task_took_a_step_hears_of_it(closed: bool) -> None:
+    ended: list[Item] = []
+
+    async def forever(item: Item) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(item)
+
+    harness = AtOnce(forever, concurrency=2)
+    harness.submit("lane", 0)
+    harness.submit("lane", 1)
+    if closed:
+        harness.dispatcher.close()
+    await harness.dispatcher.cancel(lambda item: item == ("lane", 0), 1.0)
+    await harness.at_rest()
+    assert ended == [("lane", 0)]
+    assert harness.dispatcher.workers == set() if closed else harness.running == 1
+    if not closed:
+        await harness.dispatcher.cancel(lambda _: True, 1.0)
+        await harness.at_rest()
+        assert not harness.lanes
+
+
+async def test_a_begun_item_that_ends_without_a_wait_spares_the_next_one_its_cancellation() -> None:
+    harness = AtOnce(lambda _: None, concurrency=2)
+    harness.submit("lane", 0)
+    harness.submit("lane", 1)
+    await harness.dispatcher.cancel(lambda item: item == ("lane", 0), 1.0)
+    await harness.until(2)
+    assert harness.seen == {"lane": [0, 1]}
+    await harness.at_rest()
+    assert not harness.dispatcher.workers

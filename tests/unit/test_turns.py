@@ -21,6 +21,7 @@ from agents.errors import EffectFailedError, HandlerCancelledError, Nondetermini
 from agents.journal import Journal
 from agents.ports import LlmRequest, LlmResponse, Message, Ports, Purpose
 from agents.step import StepResult, failure_of, run_failure, run_step
+from agents.turns import begin, handlers_only
 from schemas.events import Effect, PlanProposed, PlanRejected, Priority, TaskSubmitted, Waited
 from schemas.metadata import Envelope, Metadata
 
@@ -582,3 +583,33 @@ async def test_replay_of_a_handler_that_waits_for_nothing_recorded_says_so() -> 
 
     with pytest.raises(NondeterminismError, match="waits for something that is no effect"):
         await play(handler, journal())
+
+
+async def test_handlers_that_are_begun_one_after_another_see_only_their_own_loop() -> None:
+    real, order = asyncio.get_running_loop(), list[str]()
+
+    async def quick(name: str) -> None:
+        assert asyncio.get_running_loop() is not real
+        order.append(name)
+
+    async def waiting(name: str) -> None:
+        order.append(f"{name} begins")
+        await asyncio.create_task(quick(f"{name}'s task"))
+        order.append(f"{name} ends")
+
+    async def failing() -> None:
+        raise KeyError("defect")
+
+    with handlers_only():
+        assert begin(journal(World(1)), quick("first")) is None
+        turns = begin(journal(World(1)), waiting("second"))
+        with pytest.raises(KeyError):
+            begin(journal(World(1)), failing())
+        assert begin(journal(World(1)), quick("third")) is None
+    assert asyncio.get_running_loop() is real
+    assert order == ["first", "second begins", "third"]
+    assert turns is not None
+    await turns.finish()
+    assert order[3:] == ["second's task", "second ends"]
+    assert begin(journal(World(1)), quick("fourth")) is None
+    assert asyncio.get_running_loop() is real
