@@ -1,24 +1,35 @@
-"""One run of a handler with recorded effects, and what two runs of it tell of each other.
+"""Runs a recorded step again, as the processor ran it, and tells of two runs what they say of each other.
 
-In: two attempts at the same step, the second one with a shifted clock and other random numbers. Out: a finding for each
-use of what is not the handler's own, with the field in which the two runs differ.
+In: an event with its lane's state, what its handling left, and the agent. Out: :class:`Attempt`, with the outputs as
+bytes; and of two attempts, the second one with a shifted clock and other random numbers, a finding for each use of what
+is not the handler's own, with the field in which the two differ.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final, Protocol
 
-from agents.agent import Failure
+from agents.agent import Agent, Failure
 from agents.errors import NondeterminismError
 from agents.journal import Journal, Request
-from agents.step import StepResult
+from agents.step import LaneState, StepResult, begin_step, failure_of, run_failure
 from replay.checks import Report
 from replay.difference import Change, changes, told
 from replay.findings import Finding, FindingKind
-from replay.guard import Use
-from schemas.codec import Encoded
+from replay.guard import Guard, Use
+from replay.recorded import Left
+from schemas.codec import Codec, Encoded
+from schemas.events import DeadLettered, Priority
 from schemas.metadata import Envelope
+from schemas.record import Record
+from schemas.topics import key_of, priority_of, topic_name
 
-__all__ = ["Attempt", "ReplayJournal", "stability_faults"]
+__all__ = ["NOT_REENACTED", "Attempt", "attempt_step", "stability_faults"]
+
+NOT_REENACTED: Final = frozenset({"ProcessCrashed", "HandlerHung"})
+"""Failures that came upon the handler from outside."""
+
+_OF_ITS_PLACE: Final = frozenset({"EncodeError", "EventTooLargeError", "EventTooLarge", "MissingPortError"})
+"""Failures for which the process, or a size that is no part of the decision, was the reason."""
 
 
 class ReplayJournal(Journal):
@@ -49,12 +60,132 @@ class Attempt:
         self.fault: NondeterminismError | None = None
         self.uses: tuple[Use, ...] = ()
 
+    def encode(self, codec: Codec | None, priority: Priority) -> None:
+        """Make the outputs' bytes; without a codec they are not wanted."""
+        assert self.result is not None
+        if codec is not None:
+            self.encoded = [
+                (topic_name(output.event, priority), output, codec.encode(output.event, output.metadata))
+                for output in self.result.outputs
+            ]
+
+
+class Means(Protocol):
+    """What attempts need: the codec, and the guard that watches them, None for none."""
+
+    codec: Codec
+    guard: Guard | None
+
+
+async def attempt_step(
+    means: Means,
+    agent: Agent[Any],
+    record: Record,
+    envelope: Envelope,
+    state: LaneState | None,
+    left: Left,
+    *,
+    first: Attempt | None = None,
+) -> Attempt:
+    """Run the handler with what was recorded and, when it fails, its on_failure, as the processor does.
+
+    ``first`` makes it the second attempt, which is to be held against that one: its outputs are not encoded again.
+    """
+    guard, metadata = means.guard, envelope.metadata
+    journal = ReplayJournal(
+        agent=agent.name,
+        source=agent.source,
+        key=metadata.subject or key_of(envelope.event),
+        cause=metadata,
+        recorded=left.calls,
+        replaying=True,
+    )
+    attempt = Attempt(journal)
+    codec = means.codec if first is None or first.failure is not None else None
+    if guard is None:
+        await _run(attempt, codec, agent, record, envelope, state, left)
+        return attempt
+    guard.begin(second=first is not None)
+    try:
+        await _run(attempt, codec, agent, record, envelope, state, left)
+    finally:
+        attempt.uses = guard.end()
+    return attempt
+
+
+async def _run(
+    attempt: Attempt,
+    codec: Codec | None,
+    agent: Agent[Any],
+    record: Record,
+    envelope: Envelope,
+    state: LaneState | None,
+    left: Left,
+) -> None:
+    letter = None if left.letter is None else left.letter[0]
+    priority = priority_of(record.topic)
+    try:
+        if letter is not None and letter.error_type in NOT_REENACTED:
+            attempt.failure = _told(letter)
+        else:
+            step = begin_step(agent, envelope, attempt.journal, state, record.timestamp_ms, priority)
+            attempt.result = step if isinstance(step, StepResult) else await step.finish()
+            attempt.encode(codec, priority)
+            if letter is not None and letter.error_type in _OF_ITS_PLACE:
+                attempt.failure = _told(letter)
+    except NondeterminismError as error:
+        if letter is not None and letter.error_type in (*_OF_ITS_PLACE, NondeterminismError.__name__):
+            attempt.failure = _told(letter)
+        else:
+            attempt.result, attempt.fault = None, error
+    except Exception as error:  # noqa: BLE001 - the live processor took it for the step's failure, whatever it was
+        attempt.failure = failure_of(error)
+    if attempt.failure is not None:
+        await _fail(attempt, attempt.failure, codec, agent, record, envelope, state)
+
+
+async def _fail(
+    attempt: Attempt,
+    failure: Failure,
+    codec: Codec | None,
+    agent: Agent[Any],
+    record: Record,
+    envelope: Envelope,
+    state: LaneState | None,
+) -> None:
+    attempt.error, attempt.encoded = failure.message, []
+    attempt.result = StepResult((), state, state_changed=False)
+    priority = priority_of(record.topic)
+    try:
+        attempt.result = await run_failure(
+            agent,
+            envelope,
+            failure,
+            timestamp_ms=record.timestamp_ms,
+            priority=priority,
+            state=state,
+            journal=attempt.journal,
+        )
+        attempt.encode(codec, priority)
+    except NondeterminismError as error:
+        attempt.result, attempt.fault = None, error
+    except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
+        attempt.result, attempt.encoded = StepResult((), state, state_changed=False), []
+        attempt.error = f"{failure.message}; then on_failure failed with {type(second).__name__}: {second}"
+
+
+def _told(letter: DeadLettered) -> Failure:
+    """The failure that the dead letter tells of; these are never retryable."""
+    return Failure(letter.error_type, letter.error.partition("; then on_failure ")[0], retryable=False)
+
 
 def stability_faults(first: Attempt, second: Attempt, report: Report) -> Iterator[Finding]:
     """What the handler used that is not its own, and where deciding twice gave two results."""
     differs: list[Change] = []
-    if first.result != second.result or first.failure != second.failure or str(first.fault) != str(second.fault):
+    if not _same(first, second):
         differs = _differences(first, second)
+    elif not first.uses and not second.uses:
+        return
     field, diff = (differs[0].path, told(differs)) if differs else ("", "")
     uses = dict.fromkeys((*first.uses, *second.uses))
     for use in uses:
@@ -62,6 +193,24 @@ def stability_faults(first: Attempt, second: Attempt, report: Report) -> Iterato
         yield report(use.kind, f"{use.what} is used at {use.where or 'the handler'}{reaches}", field, diff)
     if differs and not uses:
         yield report(FindingKind.UNSTABLE, f"deciding it twice gives two results; the first is {field}", field, diff)
+
+
+def _same(first: Attempt, second: Attempt) -> bool:
+    """Whether the two gave the same; of the events what they hold is compared, which is quicker than the models."""
+    one, other = first.result, second.result
+    if one is None or other is None or first.failure is not None or second.failure is not None:
+        failures = first.failure == second.failure and str(first.fault) == str(second.fault)
+        return failures and one == other
+    if one.state is not other.state and one.state != other.state:
+        return False
+    if one.timers != other.timers or len(one.outputs) != len(other.outputs):
+        return False
+    for old, new in zip(one.outputs, other.outputs, strict=True):
+        if type(old.event) is not type(new.event) or old.event.__dict__ != new.event.__dict__:
+            return False
+        if old.metadata != new.metadata:
+            return False
+    return True
 
 
 def _differences(first: Attempt, second: Attempt) -> list[Change]:

@@ -67,6 +67,11 @@ def compare_outputs(
     whether the topic has deleted what it was given then.
     """
     outcome = Outcome()
+    if len(decided) == len(recorded) == 1 and decided[0][1].metadata.id == recorded[0][1].metadata.id:
+        (topic, envelope, encoded), (record, was) = decided[0], recorded[0]
+        subject = envelope.metadata.subject
+        outcome.checks.append(_check(topic, subject, envelope, encoded, record, was, outcome, report, hash_of))
+        return outcome
     by_id: dict[str, list[tuple[Record, Envelope]]] = {}
     for item in recorded:
         by_id.setdefault(item[1].metadata.id, []).append(item)
@@ -192,30 +197,55 @@ def effect_faults(record: Record, envelope: Envelope, report: Report) -> Iterato
     """What in a recorded effect contradicts itself."""
     effect, metadata = envelope.event, envelope.metadata
     assert isinstance(effect, Effect)
-    name, place = type(effect).__name__, f"{record.topic}[{record.partition}]@{record.offset}"
+    name = type(effect).__name__
+    identity = (
+        effect.event_id,
+        effect.agent,
+        name,
+        effect.scope,
+        effect.request_hash,
+        effect.occurrence,
+        effect.sequence,
+    )
+    made, hashed = deterministic_id(*identity), request_hash(effect.request)
+    said: dict[str, Any] = {}
+    response = effect.response if type(effect) is LlmCalled else ""
+    broken = ""
+    if response:
+        try:
+            said = orjson.loads(response)
+        except orjson.JSONDecodeError as error:
+            broken = str(error)
+    other = [field for field in _FROM_RESPONSE if field in said and said[field] != getattr(effect, field)]
+    if (
+        hashed == effect.request_hash
+        and made == metadata.id
+        and metadata.time == effect.started_at
+        and metadata.causation_id == effect.event_id
+        and not broken
+        and not other
+    ):
+        return
+    place = f"{record.topic}[{record.partition}]@{record.offset}"
 
     def altered(field: str, why: str, old: object, new: object) -> Finding:
         message = f"{name} at {place}: {why}"
         return report(FindingKind.EFFECT_ALTERED, message, field=field, diff=text_diff(str(old), str(new)))
 
-    if (hashed := request_hash(effect.request)) != effect.request_hash:
+    if hashed != effect.request_hash:
         yield altered("request", "its request has another hash than it says", effect.request_hash, hashed)
-    identity = effect.scope, effect.request_hash, effect.occurrence, effect.sequence
-    if (made := deterministic_id(effect.event_id, effect.agent, name, *identity)) != metadata.id:
+    if made != metadata.id:
         yield altered("metadata.id", "its id is not that of its identity", metadata.id, made)
     if metadata.time != effect.started_at:
         yield altered("started_at", "it says two times", metadata.time, effect.started_at)
     if metadata.causation_id != effect.event_id:
         yield altered("event_id", "it says two causes", metadata.causation_id, effect.event_id)
-    if type(effect) is LlmCalled and effect.response:
-        try:
-            said = orjson.loads(effect.response)
-        except orjson.JSONDecodeError as error:
-            yield altered("response", f"its response is no JSON: {error}", "JSON", effect.response[:200])
-            return
-        for field in _FROM_RESPONSE:
-            if field in said and said[field] != getattr(effect, field):
-                yield altered(field, f"its response says another {field}", said[field], getattr(effect, field))
+    if broken:
+        yield altered(
+            "response", f"its response is no JSON: {broken}", "JSON", str(getattr(effect, "response", ""))[:200]
+        )
+    for field in other:
+        yield altered(field, f"its response says another {field}", said[field], getattr(effect, field))
 
 
 def letter_faults(

@@ -92,15 +92,14 @@ class Deciding:
         for station in stations:
             for topic in station.topics:
                 self._by_topic.setdefault(topic, []).append(station)
-        self.hashes: dict[tuple[str, int, int], str] = {}
-        """Hashes of records that are known already, by topic, partition and offset."""
         self._versions: dict[tuple[str, str], Agent[Any]] = {}
 
     async def decide(self, records: Sequence[tuple[Record, Envelope]]) -> Decided:
         """See :func:`redecide`; outputs with other keys that are not among ``records`` are in ``sent``."""
         key = KeySteps(self, by_time(records))
         steps = key.plan(self._by_topic)
-        with nullcontext() if self.guard is None else self.guard.installed():
+        # Whoever decides many keys has installed it for all of them.
+        with nullcontext() if self.guard is None or self.guard.is_installed else self.guard.installed():
             for step in steps:
                 await key.step(step)
         strays = tuple(item for item in key.recorded.rest() if agent_of(item[1].metadata.source) in self.agents)
@@ -129,6 +128,5 @@ class Deciding:
         return kept is not None and record.timestamp_ms < self._now_ms - kept
 
     def hash_of(self, record: Record) -> str:
-        """The record's hash."""
-        known = self.hashes.get((record.topic, record.partition, record.offset))
-        return known or record_hash(record.topic, record.key, record.value, record.headers)
+        """The record's hash: the one that it carries, if it was taken when it was read."""
+        return getattr(record, "hashed", None) or record_hash(record.topic, record.key, record.value, record.headers)

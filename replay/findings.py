@@ -7,6 +7,7 @@ plain, immutable records. :func:`record_hash` is the one definition of a record'
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final
 
@@ -29,11 +30,22 @@ def record_hash(topic: str, key: bytes | None, value: bytes | None, headers: Ite
     Each part is preceded by its length (8 bytes, big-endian), or is ``-`` where there is none, so that no two different
     records read the same.
     """
-    parts: list[bytes | None] = [topic.encode(), key, value]
+    parts = [_prefixed_text(topic), _prefixed(key), _prefixed(value)]
     for name, content in headers:
         if name != NOT_DECIDED:
-            parts += [name.encode(), content]
-    return sha256(b"".join([b"-" if part is None else len(part).to_bytes(8) + part for part in parts])).hexdigest()
+            parts.append(_prefixed_text(name))
+            # As _prefixed; most of a record's parts are contents of headers.
+            parts.append(b"-" if content is None else len(content).to_bytes(8) + content)
+    return sha256(b"".join(parts)).hexdigest()
+
+
+def _prefixed(part: bytes | None) -> bytes:
+    return b"-" if part is None else len(part).to_bytes(8) + part
+
+
+@lru_cache(maxsize=1024)
+def _prefixed_text(text: str) -> bytes:
+    return _prefixed(text.encode())
 
 
 class Verdict(StrEnum):

@@ -126,6 +126,11 @@ class Guard:
                     setattr(target, name, value)
                 self._undo.clear()
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether clocks and random numbers are replaced now."""
+        return self._installed > 0
+
     def begin(self, *, second: bool) -> None:
         """Watch from here on; ``second`` shifts clocks and random numbers."""
         global _running

@@ -71,6 +71,11 @@ class Left:
     fired: bool = False
 
     @property
+    def calls(self) -> tuple[Effect, ...]:
+        """The effects' events."""
+        return tuple([item[1].event for item in self.effects])  # type: ignore[misc]
+
+    @property
     def ended(self) -> bool:
         """Whether anything shows that the handling came to its end."""
         return bool(self.outputs) or self.letter is not None or self.cancelled is not None or self.fired

@@ -10,27 +10,22 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
-from agents.agent import Agent, Failure
-from agents.errors import NondeterminismError
-from agents.step import LaneState, StepResult, begin_step, concerns, failure_of, lane_of, run_failure, state_for
-from replay.attempt import Attempt, ReplayJournal, stability_faults
+from agents.agent import Agent
+from agents.step import LaneState, StepResult, concerns, lane_of, state_for
+from replay.attempt import NOT_REENACTED, Attempt, attempt_step, stability_faults
 from replay.checks import Report, compare_outputs, effect_faults, letter_faults, recorded_checks, unrecorded
 from replay.difference import text_diff
 from replay.findings import DecidedStep, Finding, FindingKind, OutputCheck, Sent, Verdict
 from replay.guard import Guard
 from replay.recorded import Left, Recorded, redriven_for, version_of
 from schemas.codec import Codec
-from schemas.events import DeadLettered, Effect, Event, Priority, TimerFired
+from schemas.events import Event, TimerFired
 from schemas.metadata import Envelope, deterministic_id
 from schemas.record import Record
-from schemas.topics import key_of, priority_of, topic_name
+from schemas.topics import key_of
 
 __all__ = ["KeySteps", "Shared", "Station"]
 
-_NOT_REENACTED: Final = frozenset({"ProcessCrashed", "HandlerHung"})
-"""Failures that came upon the handler from outside."""
-_OF_ITS_PLACE: Final = frozenset({"EncodeError", "EventTooLargeError", "EventTooLarge", "MissingPortError"})
-"""Failures for which the process, or a size that is no part of the decision, was the reason."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
@@ -99,7 +94,6 @@ class KeySteps:
         self._history = history
         self._plan: list[Step] = []
         self.recorded = Recorded(history)
-        self.known = {envelope.metadata.id for _, envelope in history}
         self.steps: list[DecidedStep] = []
         self.states: dict[Lane, LaneState | None] = {}
         self.sent: list[Sent] = []
@@ -122,6 +116,8 @@ class KeySteps:
                     except Exception as raised:  # noqa: BLE001 - whatever it was, the event has no lane
                         error = type(raised).__name__
                     steps.append(Step(station, record, envelope, lane, error, len(steps)))
+        if len(steps) < 2:
+            return steps
         names = [(step.station.agent.name, step.envelope.metadata.id) for step in steps]
         if len(set(names)) < len(names):
             left = Counter(names)
@@ -148,10 +144,11 @@ class KeySteps:
             return  # another version consumes it
         before = state_for(agent, before)
         report = self._report(step)
-        attempt = await self._attempt(agent, record, envelope, before, left)
+        deciding = self._deciding
+        attempt = await attempt_step(deciding, agent, record, envelope, before, left)
         again = None
-        if self._deciding.guard is not None:
-            again = await self._attempt(agent, record, envelope, before, left, second=True)
+        if deciding.guard is not None:
+            again = await attempt_step(deciding, agent, record, envelope, before, left, first=attempt)
         unstable = [] if again is None else list(stability_faults(attempt, again, report))
         if not left.ended and self._may_be_open(step, attempt):
             self._blocked[lane] = Verdict.OPEN
@@ -178,13 +175,12 @@ class KeySteps:
         )
         refused = left.letter is not None and left.letter[0].error_type == "OutputRefused"
         findings += [each for each in outcome.findings if not (refused and each.kind is FindingKind.OUTPUT_MISSING)]
-        known = [item for item in outcome.sent if item[0].event_id not in self.known]
-        self.sent += [
-            Sent(check, missing, len(self.steps), encoded) for check, missing, encoded in known if not refused
-        ]
+        if outcome.sent and not refused:
+            self.sent += [Sent(check, missing, len(self.steps), encoded) for check, missing, encoded in outcome.sent]
         result = attempt.result
         assert result is not None
-        self._timers.update(_timer_ids(agent, envelope, step.lane, result))
+        if result.timers:
+            self._timers.update(_timer_ids(agent, envelope, step.lane, result))
         self._leave(step, left, agent, before, result.state, result, checks=outcome.checks, findings=findings)
 
     def _source(self, left: Left, lane: Lane) -> str:
@@ -247,99 +243,6 @@ class KeySteps:
         verdict = Verdict.UNREADABLE if left.letter is not None else Verdict.OPEN
         self._leave(step, left, agent, None, None, None, findings=findings, verdict=verdict)
 
-    async def _attempt(
-        self,
-        agent: Agent[Any],
-        record: Record,
-        envelope: Envelope,
-        state: LaneState | None,
-        left: Left,
-        *,
-        second: bool = False,
-    ) -> Attempt:
-        """Run the handler with what was recorded and, when it fails, its on_failure, as the processor does."""
-        guard = self._deciding.guard
-        if guard is not None:
-            guard.begin(second=second)
-        try:
-            attempt = await self._run(agent, record, envelope, state, left)
-        finally:
-            uses = () if guard is None else guard.end()
-        attempt.uses = uses
-        return attempt
-
-    async def _run(
-        self, agent: Agent[Any], record: Record, envelope: Envelope, state: LaneState | None, left: Left
-    ) -> Attempt:
-        metadata = envelope.metadata
-        journal = ReplayJournal(
-            agent=agent.name,
-            source=agent.source,
-            key=metadata.subject or key_of(envelope.event),
-            cause=metadata,
-            recorded=[item[1].event for item in left.effects if isinstance(item[1].event, Effect)],
-            replaying=True,
-        )
-        attempt = Attempt(journal)
-        letter = None if left.letter is None else left.letter[0]
-        priority = priority_of(record.topic)
-        try:
-            if letter is not None and letter.error_type in _NOT_REENACTED:
-                attempt.failure = _told(letter)
-            else:
-                step = begin_step(agent, envelope, journal, state, record.timestamp_ms, priority)
-                attempt.result = step if isinstance(step, StepResult) else await step.finish()
-                self._encode(attempt, priority)
-                if letter is not None and letter.error_type in _OF_ITS_PLACE:
-                    attempt.failure = _told(letter)
-        except NondeterminismError as error:
-            if letter is not None and letter.error_type in (*_OF_ITS_PLACE, NondeterminismError.__name__):
-                attempt.failure = _told(letter)
-            else:
-                attempt.result, attempt.fault = None, error
-        except Exception as error:  # noqa: BLE001 - the live processor took it for the step's failure, whatever it was
-            attempt.failure = failure_of(error)
-        if attempt.failure is not None:
-            await self._fail(agent, record, envelope, state, attempt, attempt.failure)
-        return attempt
-
-    async def _fail(
-        self,
-        agent: Agent[Any],
-        record: Record,
-        envelope: Envelope,
-        state: LaneState | None,
-        attempt: Attempt,
-        failure: Failure,
-    ) -> None:
-        attempt.error, attempt.encoded = failure.message, []
-        attempt.result = StepResult((), state, state_changed=False)
-        priority = priority_of(record.topic)
-        try:
-            attempt.result = await run_failure(
-                agent,
-                envelope,
-                failure,
-                timestamp_ms=record.timestamp_ms,
-                priority=priority,
-                state=state,
-                journal=attempt.journal,
-            )
-            self._encode(attempt, priority)
-        except NondeterminismError as error:
-            attempt.result, attempt.fault = None, error
-        except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
-            attempt.result, attempt.encoded = StepResult((), state, state_changed=False), []
-            attempt.error = f"{failure.message}; then on_failure failed with {type(second).__name__}: {second}"
-
-    def _encode(self, attempt: Attempt, priority: Priority) -> None:
-        assert attempt.result is not None
-        encode = self._deciding.codec.encode
-        attempt.encoded = [
-            (topic_name(output.event, priority), output, encode(output.event, output.metadata))
-            for output in attempt.result.outputs
-        ]
-
     def _faults(self, attempt: Attempt, left: Left, record: Record, report: Report) -> list[Finding]:
         """What is wrong with the attempt but for its outputs."""
         letter = None if left.letter is None else left.letter[0]
@@ -348,12 +251,13 @@ class KeySteps:
             if asked is None:
                 return [] if attempt.uses else [report(FindingKind.NONDETERMINISM, str(fault))]
             unasked = set(attempt.journal.unasked())
-            effects = [item[1].event for item in left.effects if isinstance(item[1].event, Effect)]
-            others = [each for each in effects if f"{type(each).__name__} {each.request_hash[:12]}" in unasked]
+            others = [each for each in left.calls if f"{type(each).__name__} {each.request_hash[:12]}" in unasked]
             name = asked.effect_type.__name__
             return [unrecorded(name, asked.text, asked.scope, asked.occurrence, others, report)]
+        if letter is None and attempt.failure is None and not attempt.journal.performed and not left.effects:
+            return []
         findings = list(letter_faults(letter, attempt.failure, attempt.error, record, report))
-        if letter is None or letter.error_type not in _NOT_REENACTED:
+        if letter is None or letter.error_type not in NOT_REENACTED:
             findings += [
                 report(FindingKind.EFFECT_UNASKED, f"it is recorded, but not asked for any more: {unasked}")
                 for unasked in attempt.journal.unasked()
@@ -403,7 +307,6 @@ class KeySteps:
             verdict = Verdict.DIFFERS if findings else Verdict.SAME
         elif not checks:
             checks = recorded_checks(left.outputs, self._deciding.hash_of)
-        effects = tuple(item[1].event for item in left.effects if isinstance(item[1].event, Effect))
         version = version_of(left.source or agent.source)
         self.steps.append(
             DecidedStep(
@@ -411,7 +314,7 @@ class KeySteps:
                 version,
                 record,
                 step.envelope,
-                effects,
+                left.calls,
                 before,
                 after,
                 result,
@@ -420,11 +323,6 @@ class KeySteps:
                 verdict,
             )
         )
-
-
-def _told(letter: DeadLettered) -> Failure:
-    """The failure that the dead letter tells of; these are never retryable."""
-    return Failure(letter.error_type, letter.error.partition("; then on_failure ")[0], retryable=False)
 
 
 def _timer_ids(agent: Agent[Any], envelope: Envelope, lane: str, result: StepResult) -> list[str]:

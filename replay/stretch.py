@@ -24,7 +24,7 @@ from schemas.events import DeadLettered, StepCancelled
 from schemas.record import Record
 from schemas.topics import all_topics, topic_of
 
-__all__ = ["Progress", "Scope", "read_stretch"]
+__all__ = ["Progress", "Scope", "SpooledRecord", "read_stretch", "record_of"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much it is in all."""
@@ -172,6 +172,15 @@ class _Hash:
         return SpanHash(*place, *span, self.records, self._digest.hexdigest())
 
 
-def record_of(item: tuple[Any, ...]) -> Record:
+class SpooledRecord(Record):
+    """A record whose hash was taken when it was read."""
+
+    __slots__ = ("hashed",)
+    hashed: str
+
+
+def record_of(item: tuple[Any, ...]) -> SpooledRecord:
     """The record of a spooled item."""
-    return Record(*item[:7])
+    record = SpooledRecord(*item[:7])
+    record.hashed = item[7]
+    return record
