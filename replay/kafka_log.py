@@ -53,7 +53,10 @@ _CONSUMER: Final[Mapping[str, Any]] = {
     "enable.partition.eof": True,
     # What retention deletes while it is being read is an error, and no silent gap.
     "auto.offset.reset": "error",
-    "queued.max.messages.kbytes": 16_384,
+    # What is fetched ahead takes a hundred times as much by default; twice this is hardly quicker.
+    "queued.max.messages.kbytes": 4096,
+    "queued.min.messages": 20_000,
+    "fetch.message.max.bytes": 524_288,
     # By default a full queue stops fetching for a second.
     "fetch.queue.backoff.ms": 5,
     "fetch.wait.max.ms": 50,
