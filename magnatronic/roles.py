@@ -169,6 +169,11 @@ class Workbench:
             self._closing.callback(self._embedding.close)
         return self._embedding
 
+    def forget_texts(self) -> None:
+        """Forget the texts that the embedding model was given lately."""
+        if self._embedding is not None:
+            self._embedding.forget_texts()
+
     def llm(self) -> LanguageModel:
         """The language model that the settings name."""
         if self._llm is None:

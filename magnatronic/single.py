@@ -15,6 +15,7 @@ from magnatronic.broker.topics import ensure_topics
 from magnatronic.discovery import FoundSystem
 from magnatronic.errors import PartFailedError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.forgetting import forgets
 from magnatronic.monitoring import MonitorProcess
 from magnatronic.observing import Observer
 from magnatronic.roles import MONITOR_ROLE, SINK_ROLES, Workbench, agents_of, instance_name, ready_codec
@@ -23,6 +24,7 @@ from magnatronic.tracing import make_tracer
 from sinks.runner import SinkRunner
 from streams.access import check_login
 from streams.directory import AgentDirectory
+from streams.forgotten import ForgottenSubjects
 from streams.runner import Runner
 from streams.slots import SlotLock
 
@@ -59,6 +61,7 @@ class SingleRole:
         self._runner: Runner | None = None
         self._sink: SinkRunner | None = None
         self._directory: AgentDirectory | None = None
+        self._forgotten: ForgottenSubjects | None = None
         self._monitor: MonitorProcess | None = None
         self._work: asyncio.Task[None] | None = None
         self._failure: asyncio.Future[BaseException] | None = None
@@ -96,6 +99,9 @@ class SingleRole:
                     replication_factor=self.settings.replication_factor,
                 )
             self._observer.watch_kafka(self._kafka)
+            if self.role != MONITOR_ROLE:
+                self._forgotten = forgets(self._workbench, self._kafka, codec)
+                self._forgotten.start()
             if self.role in SINK_ROLES:
                 sink = await asyncio.to_thread(self._workbench.sink, self.role)
                 watched = self._observer.watch_sink(self.role)
@@ -193,8 +199,9 @@ class SingleRole:
             await asyncio.to_thread(self._sink.stop)
         if self._monitor is not None:
             await asyncio.to_thread(self._monitor.stop)
-        if self._directory is not None:
-            await asyncio.to_thread(self._directory.stop)
+        for reader in (self._directory, self._forgotten):
+            if reader is not None:
+                await asyncio.to_thread(reader.stop)
         await asyncio.to_thread(self._workbench.close)
         await self._observer.stop()
         if self._tracer is not None:

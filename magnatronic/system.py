@@ -26,6 +26,7 @@ from magnatronic.broker.topics import ensure_topics
 from magnatronic.control import ControlServer, socket_path
 from magnatronic.errors import AlreadyRunningError, ControlError, PartFailedError, WrongInputError
 from magnatronic.follow import KAFKA_LOGGER
+from magnatronic.forgetting import erasures, forgets
 from magnatronic.monitoring import MonitorProcess
 from magnatronic.observing import Observer
 from magnatronic.queries import answer_query
@@ -39,6 +40,7 @@ from sinks.errors import SinkError
 from sinks.runner import SinkRunner
 from streams.access import check_login
 from streams.directory import AgentDirectory
+from streams.forgotten import ForgottenSubjects
 from streams.open_alerts import OpenAlerts
 from streams.runner import Runner
 
@@ -106,6 +108,7 @@ class System:
         self._sinks: dict[str, SinkRunner] = {}
         self._rebuilds: Rebuilds | None = None
         self._directory: AgentDirectory | None = None
+        self._forgotten: ForgottenSubjects | None = None
         self._alerts: OpenAlerts | None = None
         self._monitor: MonitorProcess | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -147,7 +150,9 @@ class System:
         for role in SINK_ROLES:
             self._start_sink(role, codec, loop)
         self._directory, self._alerts = AgentDirectory(kafka, codec), OpenAlerts(kafka, codec)
+        self._forgotten = forgets(self._workbench, kafka, codec)
         self._directory.start()
+        self._forgotten.start()
         self._alerts.start()
         self._agents = Runner(
             self._workbench.bindings(AGENT_ROLES),
@@ -171,6 +176,7 @@ class System:
             {
                 **self._rebuilds.operations(),
                 **{"status": self._status, "query": self._query, "catch_up": self._catch_up, "recall": self._recall},
+                "forgotten": self._forgot,
             },
         )
         await self._control.start()
@@ -335,6 +341,13 @@ class System:
             raise WrongInputError(f"a recall's request has query, limit and document_ids: {error}") from None
         return [found.model_dump(mode="json") for found in await self._workbench.memory().recall(asked)]
 
+    async def _forgot(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the stores have done for forgotten subjects, when they have done it or the time is up."""
+        timeout_s, key_ids = float(request["timeout_s"]), list(map(str, request["key_ids"]))
+        await asyncio.to_thread(self.wait_caught_up, timeout_s)
+        said = await asyncio.to_thread(erasures, self._workbench, key_ids, timeout_s)
+        return [dataclasses.asdict(each) for each in said]
+
     async def _catch_up(self, request: Mapping[str, Any]) -> bool:
         return await asyncio.to_thread(self.wait_caught_up, float(request.get("timeout", _CATCH_UP_S)))
 
@@ -365,7 +378,7 @@ class System:
         for error in stopped:
             if error is not None:
                 _LOGGER.error("a sink did not stop cleanly: %s", error)
-        for reader in (self._directory, self._alerts):
+        for reader in (self._directory, self._alerts, self._forgotten):
             if reader is not None:
                 await asyncio.to_thread(reader.stop)
         await asyncio.to_thread(self._workbench.close)

@@ -15,7 +15,9 @@ from agents.agent import Failure
 from replay.difference import Change, changes, text_diff, told
 from replay.evolution import is_same_by_older_schema
 from replay.findings import NOT_DECIDED, Finding, FindingKind, OutputCheck, record_hash
+from replay.lazy import type_name
 from schemas.codec import Codec, Encoded
+from schemas.errors import DecodeError
 from schemas.events import DeadLettered, Effect, LlmCalled
 from schemas.metadata import Envelope, deterministic_id, request_hash
 from schemas.record import Header, Record
@@ -122,7 +124,10 @@ def _check(
         or is_same_by_older_schema(record, was, envelope, encoded)
     ):
         return OutputCheck(name, envelope.metadata.id, topic, recorded_hash, recorded_hash)
-    found = _differences(topic, key, envelope, encoded, record, was)
+    try:
+        found = _differences(topic, key, envelope, encoded, record, was)
+    except DecodeError as error:
+        found = [Change("value", f"{len(record.value or b'')} bytes that do not decode: {error}", envelope.event)]
     fields = ", ".join(change.path for change in found[:5])
     outcome.findings.append(
         report(
@@ -161,13 +166,13 @@ def _decided(headers: Sequence[Header] | Sequence[tuple[str, bytes]]) -> list[An
 
 
 def _unexpected(record: Record, envelope: Envelope, outcome: Outcome, report: Report, hash_of: HashOf) -> None:
-    name, place = type(envelope.event).__name__, f"{record.topic}[{record.partition}]@{record.offset}"
+    name, place = type_name(envelope), f"{record.topic}[{record.partition}]@{record.offset}"
     outcome.checks.append(OutputCheck(name, envelope.metadata.id, record.topic, hash_of(record), None))
     outcome.findings.append(
         report(
             FindingKind.OUTPUT_UNEXPECTED,
             f"{name} {envelope.metadata.id} at {place} is recorded, and not decided",
-            diff=told(changes(envelope.event, None)),
+            diff=told(_shown(envelope)),
         )
     )
 
@@ -184,12 +189,19 @@ def output_difference(codec: Codec, topic: str, encoded: Encoded, record: Record
     return found[0].path, told(found)
 
 
+def _shown(envelope: Envelope) -> list[Change]:
+    try:
+        return changes(envelope.event, None)
+    except DecodeError as error:
+        return [Change("value", str(error), None)]
+
+
 def recorded_checks(outputs: Sequence[tuple[Record, Envelope]], hash_of: HashOf) -> tuple[OutputCheck, ...]:
     """Checks of outputs that are not decided again: their recorded hashes stand for both."""
     checks = []
     for record, envelope in outputs:
         hashed = hash_of(record)
-        checks.append(OutputCheck(type(envelope.event).__name__, envelope.metadata.id, record.topic, hashed, hashed))
+        checks.append(OutputCheck(type_name(envelope), envelope.metadata.id, record.topic, hashed, hashed))
     return tuple(checks)
 
 
@@ -203,7 +215,7 @@ def effect_faults(record: Record, envelope: Envelope, report: Report) -> Iterato
         effect.agent,
         name,
         effect.scope,
-        effect.request_hash,
+        "" if metadata.data_subjects else effect.request_hash,
         effect.occurrence,
         effect.sequence,
     )

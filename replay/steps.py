@@ -19,7 +19,7 @@ from replay.findings import DecidedStep, Finding, FindingKind, OutputCheck, Sent
 from replay.guard import Guard
 from replay.recorded import Left, Recorded, redriven_for, version_of
 from schemas.codec import Codec
-from schemas.events import Event, TimerFired
+from schemas.events import Effect, Event, TimerFired
 from schemas.metadata import Envelope, deterministic_id
 from schemas.record import Record
 from schemas.topics import key_of
@@ -200,8 +200,7 @@ class KeySteps:
             return blocked
         if left.cancelled is not None:
             return Verdict.CANCELLED
-        items = [step.envelope, *(item[1] for item in (*left.effects, *left.outputs))]
-        if any(getattr(item, "erased", False) for item in items):
+        if _is_erased(step.envelope, left):
             self._blocked[lane] = Verdict.ERASED
             return Verdict.ERASED
         if not left.ended and self._deciding.finished(lane[0], step.record) is False and not self._followed(step):
@@ -323,6 +322,20 @@ class KeySteps:
                 verdict,
             )
         )
+
+
+def _is_erased(envelope: Envelope, left: Left) -> bool:
+    """Whether something that the step rests on, or left, can't be read any more."""
+    if envelope.erased:
+        return True
+    for _, made in left.effects:
+        # One without a request was recorded blank, as somebody was forgotten while its step ran.
+        if made.erased or (isinstance(made.event, Effect) and not made.event.request):
+            return True
+    for _, made in left.outputs:  # noqa: SIM110 - for every step: a generator takes twice as long
+        if made.erased:
+            return True
+    return False
 
 
 def _timer_ids(agent: Agent[Any], envelope: Envelope, lane: str, result: StepResult) -> list[str]:

@@ -80,6 +80,11 @@ class BatchingEmbedder:
         self._thread = threading.Thread(target=self._run, name=f"embed-{encoder.model}", daemon=True)
         self._thread.start()
 
+    def forget_texts(self) -> None:
+        """Forget the texts that were seen lately, and their vectors."""
+        # Another one: the thread that answers may be amid the old one.
+        self._cache = OrderedDict()
+
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """One unit-length row a text, shape (len(texts), dimensions).
 
@@ -161,19 +166,20 @@ class BatchingEmbedder:
     def _answer(self, slices: list[_Slice]) -> None:
         wanted = dict.fromkeys(text for request, first, last in slices for text in request.texts[first:last])
         found: dict[str, Vectors] = {}
+        cache = self._cache
         for text in wanted:
-            row = self._cache.get(text)
+            row = cache.get(text)
             if row is not None:
-                self._cache.move_to_end(text)
+                cache.move_to_end(text)
                 found[text] = row
         missing = [text for text in wanted if text not in found]
         if missing:
             for text, row in zip(missing, self._encoder.encode(missing), strict=True):
                 found[text] = row
                 if len(text) <= _CACHED_CHARACTERS:
-                    self._cache[text] = row.copy()
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+                    cache[text] = row.copy()
+            while len(cache) > self._cache_size:
+                cache.popitem(last=False)
         for request, first, last in slices:
             for index in range(first, last):
                 request.vectors[index] = found[request.texts[index]]

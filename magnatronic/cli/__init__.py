@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "ingest": ("magnatronic.cli.work", "Add documents: .md .txt .html .rst .pdf, files or folders."),
     "submit": ("magnatronic.cli.work", "Submit a task; prints its id."),
     "ask": ("magnatronic.cli.work", "Submit a question, follow it live, print the answer with citations."),
+    "forget": ("magnatronic.cli.forget", "Destroy a data subject's key, and with it all that is about it."),
     "watch": ("magnatronic.cli.work", "Show events as they happen, one line each."),
     "status": ("magnatronic.cli.inspect", "Show whether the running system is ready and, if not, what it waits for."),
     "query": ("magnatronic.cli.inspect", "Ask ClickHouse: SQL over every event, step, token and dollar."),

@@ -13,6 +13,7 @@ from sinks.clickhouse.writer import ClickHouseSink
 from sinks.milvus.sink import MilvusSink
 from streams.bindings import bind
 from streams.directory import DIRECTORY_TOPIC
+from streams.forgotten import PRIVACY_TOPIC
 from streams.rights import rights_on_topics
 from tests.support.secured import Right
 from tests.support.secured_rights import rights_of
@@ -30,6 +31,7 @@ def covers(right: Right, topic: str, operation: str) -> bool:
 def test_an_agent_s_row(role: str) -> None:
     granted = [right for right in rights_of(role) if right.kind == "TOPIC" and right.operation != "CREATE"]
     needed = {(topic, each.name) for topic, wanted in rights_on_topics(bind(AGENTS[role])).items() for each in wanted}
+    needed.add((PRIVACY_TOPIC, "READ"))  # its process drops what it remembers
     if role == "coordinator":
         needed.add((DIRECTORY_TOPIC, "READ"))  # it routes by it
     assert [each for each in needed if not any(covers(right, *each) for right in granted)] == []
