@@ -17,7 +17,7 @@ from magnatronic.discovery import FoundSystem
 from magnatronic.errors import ClusterError
 from magnatronic.finished import finished_offsets
 from magnatronic.settings import Settings
-from replay.archive import Archived, Archiver, Header, Manifest
+from replay.archive import Archived, Archiver, Header, LeftSealed, Manifest
 from replay.kafka_log import KafkaLog
 from replay.log import Progress
 from replay.selection import Selection
@@ -74,10 +74,10 @@ def archive(found: FoundSystem, what: Archiving, on_progress: Progress | None = 
 def keyless_codec(settings: Settings) -> Codec:
     """The codec without keys of data subjects: what it decodes holds nothing personal."""
     if settings.schema_registry_url is None:
-        return Codec()
+        return Codec(cipher=LeftSealed())
     from schemas.registry import RegistryIds
 
-    return Codec(RegistryIds(settings.schema_registry_url))
+    return Codec(RegistryIds(settings.schema_registry_url), cipher=LeftSealed())
 
 
 def cluster_id(found: FoundSystem) -> str:

@@ -3,6 +3,7 @@
 from replay.archive.archive_log import ArchiveLog
 from replay.archive.archiver import Archived, Archiver
 from replay.archive.manifest import Gap, Header, Manifest, Segment, Stretch
+from replay.archive.rows import LeftSealed
 from replay.archive.segment import Limits
 from replay.archive.verify import Verified, verify
 
@@ -12,6 +13,7 @@ __all__ = [
     "Archiver",
     "Gap",
     "Header",
+    "LeftSealed",
     "Limits",
     "Manifest",
     "Segment",

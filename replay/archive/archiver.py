@@ -49,8 +49,8 @@ class Archived:
 class Archiver:
     """Writes the archive in ``folder``; one process at a time. Use it as a context manager.
 
-    ``codec`` decodes the payloads; it should hold no keys, so that personal fields stay out of the archive.
-    ``finished`` is asked what each agent has finished, before the log is asked for its ends. With ``allow_gaps``, what
+    ``codec`` decodes the payloads; with :class:`~replay.archive.rows.LeftSealed` for its cipher, personal fields stay
+    out of the payloads. ``finished`` is asked what each agent has finished, before the log is asked for its ends. With ``allow_gaps``, what
     retention has deleted is noted in the manifest, and is no error.
 
     Raises:

@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from replay.selection import Place
 from schemas.codec import Codec
-from schemas.errors import DecodeError
+from schemas.errors import DecodeError, KeyStoreError
 from schemas.record import Header, Record
 
-__all__ = ["RAW", "SCHEMA", "RecordsHash", "Rows", "records_of"]
+__all__ = ["RAW", "SCHEMA", "LeftSealed", "RecordsHash", "Rows", "records_of"]
 
 _TEXT: Final = pa.string()
 _NAMES: Final = pa.dictionary(pa.int32(), pa.string())
@@ -54,6 +54,18 @@ RAW: Final = ("offset", "timestamp", "key", "value", "headers")
 """The columns that a record is made from; the manifest says topic and partition."""
 
 _HEAD: Final = Struct(">qqqq")
+
+
+class LeftSealed:
+    """The cipher of who is to see nothing personal: events about data subjects are read without it, as if forgotten."""
+
+    def seal(self, subjects: Sequence[str], associated: Sequence[bytes], plain: bytes) -> bytes:
+        """Never."""
+        raise KeyStoreError("an archive's codec reads only")
+
+    def open(self, subjects: Sequence[str], associated: Sequence[bytes], sealed: bytes) -> bytes | None:
+        """None: as if the key had been destroyed."""
+        return None
 
 
 class RecordsHash:

@@ -1,5 +1,6 @@
 """Records as rows: byte for byte the same again, whatever is in them; and the hash over them."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
@@ -10,10 +11,14 @@ from hypothesis import strategies as st
 
 from replay.archive import Gap, Header, Manifest, Segment, Stretch
 from replay.archive.plan import load_plan, make_plan, save_plan
-from replay.archive.rows import SCHEMA, RecordsHash, Rows, records_of
+from replay.archive.rows import SCHEMA, LeftSealed, RecordsHash, Rows, records_of
 from replay.errors import ArchiveDamagedError, ArchiveError, ArchiveGapError
 from schemas.codec import Codec
+from schemas.encryption import SubjectCipher
+from schemas.events import TaskSubmitted
+from schemas.metadata import Metadata
 from schemas.record import Record
+from tests.support.keys import ADA, MemoryKeys
 
 CODEC = Codec()
 
@@ -83,6 +88,23 @@ def test_what_does_not_decode_says_why() -> None:
     (row,) = rows.take().to_pylist()
     assert (row["payload"], row["event_type"], row["id"], row["source"]) == (None, "�", "i", None)
     assert row["error"].startswith("MalformedError: tasks.high[0]@7: the value starts with 6a756e6b")
+
+
+def test_what_is_personal_stays_sealed() -> None:
+    sealing = Codec(cipher=SubjectCipher(MemoryKeys()))
+    about = Metadata("e1", "/clients/test", "t1", datetime(2026, 1, 1, tzinfo=UTC), data_subjects=(ADA,))
+    encoded = sealing.encode(TaskSubmitted(task_id="t1", objective="Call Ada at 555-0199"), about)
+    record = Record("tasks.normal", 0, 0, 0, b"t1", encoded.value, encoded.headers)
+    rows = Rows(Codec(cipher=LeftSealed()))
+    rows.add(record)
+    batch = rows.take()
+    (row,) = batch.to_pylist()
+    assert (row["id"], row["error"], orjson.loads(row["payload"])["objective"]) == ("e1", None, "")
+    assert "555-0199" not in repr(row)
+    (again,) = records_of(("tasks.normal", 0), batch)
+    event = sealing.decode(again).event
+    assert isinstance(event, TaskSubmitted)
+    assert event.objective == "Call Ada at 555-0199"
 
 
 def segment(number: int, start: int, end: int, *, cut: bool = True, gaps: tuple[Gap, ...] = ()) -> Segment:
