@@ -170,7 +170,9 @@ class System:
         await self._wait_ready()
         self._start_monitor(kafka["bootstrap.servers"])
         self._observer.started()
-        self._rebuilds = Rebuilds(self._workbench, self._sinks, lambda: self.kafka, codec)
+        self._rebuilds = Rebuilds(
+            self._workbench, self._sinks, lambda: self.kafka, codec, agents=self._agents, slot=_SLOT
+        )
         self._control = ControlServer(
             socket_path(self.settings.data_dir),
             {

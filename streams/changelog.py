@@ -18,6 +18,7 @@ from streams.transactor import Outgoing
 
 __all__ = [
     "OWNER_KEY",
+    "REBUILD_KEY",
     "STATE_PREFIX",
     "Parked",
     "Restored",
@@ -37,6 +38,8 @@ STATE_PREFIX: Final = b"state/"
 """What the keys of lane states start with; the lane follows."""
 OWNER_KEY: Final = b"owner/"
 """The key of the marker that a partition's owner writes when it takes over, and deletes when it leaves in order."""
+REBUILD_KEY: Final = b"rebuild/"
+"""The key of the marker that is there while a rebuild writes what was lost: no owner may start with a part of it."""
 
 _SEPARATOR: Final = "\x1f"
 _ESCAPE: Final = "\x1e"
@@ -125,6 +128,8 @@ class Restored:
     order of completion; their records have the changelog's place and their own value and headers. ``parked`` is in the
     order of offsets. ``runs`` has the crash count of each input offset, ``deaths`` that of the owner's marker, None
     when there is no marker: the last owner left in good order. ``life`` names the life of the process that wrote it.
+    ``rebuilding``: a rebuild has written a part of what belongs there. ``end`` is the offset that the partition ended
+    at: 0 where nothing was ever written.
     """
 
     states: dict[str, bytes] = field(default_factory=dict)
@@ -134,6 +139,8 @@ class Restored:
     runs: dict[int, int] = field(default_factory=dict)
     deaths: int | None = None
     life: str = ""
+    rebuilding: bool = False
+    end: int = field(default=0, compare=False)
 
     @property
     def empty(self) -> bool:
@@ -181,6 +188,8 @@ class Restored:
             case "owner" if not rest:
                 owner = _OwnerValue.model_validate_json(value)
                 self.deaths, self.life = owner.deaths, owner.life
+            case "rebuild" if not rest:
+                self.rebuilding = True
             case _:
                 raise ValueError("there is no such kind")
 

@@ -18,6 +18,7 @@ __all__ = [
     "AccessError",
     "ClusterError",
     "FencedError",
+    "GroupBusyError",
     "MissingTopicError",
     "NoFreeSlotError",
     "OffsetMetadataError",
@@ -72,6 +73,10 @@ class RecordRejectedError(StreamsError):
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
         self.index = index
+
+
+class GroupBusyError(StreamsError):
+    """Somebody works in the group. The message names the members, and says what to stop."""
 
 
 class RestoreCancelledError(StreamsError):

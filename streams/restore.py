@@ -171,10 +171,11 @@ class _Restore:
                     others[message.topic(), message.partition()].pop(key, None)
                 else:
                     others[message.topic(), message.partition()][key] = Record.from_message(message)
-        return {
-            place: Restored.of(states[place[0]][place[1]], others[place].values(), topic)
-            for place, topic in self._inputs.items()
-        }
+        found = {}
+        for place, topic in self._inputs.items():
+            found[place] = Restored.of(states[place[0]][place[1]], others[place].values(), topic)
+            found[place].end = ends[place]
+        return found
 
 
 def _is_end(message: Message) -> bool:

@@ -8,15 +8,15 @@ helps against. Once a second each processor is looked at (:mod:`streams.readines
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from agents.context import Ports
 from schemas.codec import Codec
 from streams.binding import Binding
 from streams.control import CancelledSteps, ControlReader
-from streams.errors import FencedError, ProcessorError
+from streams.errors import ClusterError, FencedError, ProcessorError
 from streams.holdups import Holdups
 from streams.interpreter import collecting_seldom, switching_soon
 from streams.processor import Processor
@@ -33,6 +33,14 @@ _LAST_BACKOFF_S: Final = 30.0
 _STEADY_S: Final = 60.0
 
 log = logging.getLogger(__name__)
+
+
+class _Rest:
+    """An agent's rest: ``begun`` is set when its processor has stopped, ``over`` when it may start again."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.over = asyncio.Event()
 
 
 class Runner:
@@ -71,6 +79,7 @@ class Runner:
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
         self._cancelled = CancelledSteps()
+        self._rests: dict[str, _Rest] = {}
         self.processors: dict[str, Processor] = {}
         """The running processor of each agent, by the agent's name."""
         self.readiness: dict[str, Readiness] = {}
@@ -86,6 +95,38 @@ class Runner:
         self._stop.set()
         for processor in self.processors.values():
             processor.stop()
+
+    @asynccontextmanager
+    async def resting(self, agent: str) -> AsyncIterator[None]:
+        """While it is entered, the agent's processor is stopped: what it had finished is committed, and nothing begins.
+        It is still the one that holds its slot. Then a new one starts, and restores what lies there.
+
+        Raises:
+            LookupError: no processor of this agent runs here, or it rests already.
+            ClusterError: all are being stopped.
+        """
+        if agent not in self.processors or agent in self._rests:
+            raise LookupError(f"{agent} does not run here, or rests already")
+        rest = self._rests[agent] = _Rest()
+        try:
+            self.processors[agent].stop()
+            await self._either(rest.begun)
+            if not rest.begun.is_set():
+                raise ClusterError(f"{agent} is being stopped with all others")
+            log.info("%s rests", agent)
+            yield
+        finally:
+            del self._rests[agent]
+            rest.over.set()
+
+    async def _either(self, event: asyncio.Event) -> None:
+        """Wait for ``event``, or for the order to stop."""
+        waiting = [asyncio.ensure_future(each.wait()) for each in (event, self._stop)]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
 
     async def run(self) -> None:
         """Run until :meth:`stop`.
@@ -121,6 +162,10 @@ class Runner:
         backoff_s = _FIRST_BACKOFF_S
         fenced_at = -_STEADY_S
         while not self._stop.is_set():
+            if (rest := self._rests.get(binding.agent.name)) is not None:
+                rest.begun.set()
+                await self._either(rest.over)
+                continue
             processor = self.processors[binding.agent.name] = Processor(
                 binding,
                 codec=self._codec,
@@ -138,7 +183,9 @@ class Runner:
             started = time.monotonic()
             try:
                 await processor.run()
-                return
+                if binding.agent.name not in self._rests:
+                    return
+                continue
             except ProcessorError as error:
                 now = time.monotonic()
                 if not error.retryable:

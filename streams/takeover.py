@@ -19,7 +19,7 @@ from streams.partition import Partition
 from streams.restore import restore
 from streams.state import StateCodec, StateStore, changelog_topic
 
-__all__ = ["take_over"]
+__all__ = ["committed_offsets", "take_over"]
 
 _RESTORE_S: Final = 120.0
 _COMMITTED_S: Final = 60.0
@@ -53,7 +53,7 @@ def take_over(
         AccessError: this user may not read the group's offsets, or a changelog.
         ClusterError: the cluster did not answer in time.
     """
-    committed = _committed(kafka, group, consumer, partitions, cancelled)
+    committed = committed_offsets(kafka, group, consumer, partitions, cancelled)
     changelogs = [(changelog_topic(group, place.topic), place.topic, place.partition) for place in committed]
     restored = restore(kafka, changelogs, timeout_s=_RESTORE_S, cancelled=cancelled)
     prepared = []
@@ -64,6 +64,13 @@ def take_over(
                 f"{changelog}[{number}] is not empty, but group {group} has no offset for {place.topic}[{number}]; "
                 "it was lost. Set it again, or delete the changelog"
             )
+        if found.rebuilding or (place.offset > 0 and found.end == 0):
+            said = "a rebuild has written only a part of it" if found.rebuilding else "what it held was lost"
+            raise StateError(
+                f"group {group} has finished {place.topic}[{number}] up to offset {place.offset}, but {changelog}"
+                f"[{number}] is no whole changelog: {said}. Make it again from the log: magnatronic rebuild state "
+                f"{group.rpartition('.')[2]}"
+            )
         # The first transaction needs an offset to send; where the log was trimmed, 0 stands for its beginning.
         tracker = OffsetTracker(max(place.offset, 0), (place.metadata or "") if place.offset >= 0 else "")
         state = StateStore(codec, found.states)
@@ -71,13 +78,20 @@ def take_over(
     return prepared
 
 
-def _committed(
+def committed_offsets(
     kafka: Mapping[str, Any],
     group: str,
     consumer: Consumer,
     partitions: Sequence[TopicPartition],
     cancelled: threading.Event,
 ) -> list[TopicPartition]:
+    """What ``group`` has committed, with its metadata; waits for open transactions.
+
+    Raises:
+        RestoreCancelledError: ``cancelled`` was set meanwhile.
+        AccessError: this user may not read the group's offsets.
+        ClusterError: the cluster did not answer in time.
+    """
     deadline = time.monotonic() + _COMMITTED_S
     while True:
         try:

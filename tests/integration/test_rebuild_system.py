@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 
 from magnatronic.control import call
 from magnatronic.errors import WrongInputError
+from magnatronic.roles import AGENT_ROLES
 from schemas.codec import Codec
 from schemas.events import AccessDecided
 from schemas.metadata import Metadata, deterministic_id
 from sinks.clickhouse import ClickHouse
+from streams.state import changelog_topic
+from tests.integration.conftest import magnatronic
 
 if TYPE_CHECKING:
     from tests.integration.conftest import UpProcess
@@ -139,7 +143,7 @@ def test_clickhouse_is_made_again_though_it_is_killed_on_the_way(
         assert clickhouse.read("SELECT name FROM system.databases WHERE name LIKE '%rebuild%'") == []
 
 
-def test_the_index_is_made_again_while_questions_are_answered(
+def test_index_and_state_are_made_again_while_questions_are_answered(
     up_on: "Callable[[Path], UpProcess]", system_on: Any, tmp_path: Path, corpus: Path
 ) -> None:
     data_dir = tmp_path / "data"
@@ -152,9 +156,14 @@ def test_the_index_is_made_again_while_questions_are_answered(
     assert done.returncode == 0, done.stderr
     assert "Both are the same" in done.stdout
     assert "Ada Lamp" in run("ask", "Who invented widgets?").stdout
+    done = run("rebuild", "state")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for agent in AGENT_ROLES:
+        assert f"{agent}: " in done.stdout
+    assert done.stdout.count("Both are the same") == len(AGENT_ROLES)
     up.kill()
 
-    up.start()
+    bootstrap = up.start()["bootstrap_servers"]
     (corpus / "doodads.txt").write_text("A doodad is a lamp that glows in the rain. Doodads were made in Sussex.\n")
     assert run("ingest", str(corpus)).returncode == 0
     answer = run("ask", "Where were doodads made?")
@@ -164,3 +173,29 @@ def test_the_index_is_made_again_while_questions_are_answered(
     assert report["switched"]
     assert report["compared"][0]["stored_rows"] > 4
     assert "1901" in run("ask", "When were widgets invented?").stdout
+
+    # Whoever deletes a changelog takes the agent's memory: the system ends, and does not start with less.
+    lost = changelog_topic("magnatronic.coordinator", "tasks.lifecycle.normal")
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    admin.delete_topics([lost])[lost].result(30)
+    run("submit", "What is a gizmo?")
+    code, said = up.end()
+    assert code == 1
+    assert lost in said
+    again = magnatronic("up", "--data-dir", str(data_dir))
+    assert again.returncode == 1
+    assert "magnatronic rebuild state coordinator" in again.stderr
+    done = run("rebuild", "state", "--agent", "coordinator")
+    assert done.returncode == 0, done.stderr
+    assert "was lost" in done.stdout
+    assert "were written again" in done.stdout
+    up.start()
+    done = run("query", "SELECT status FROM tasks WHERE objective = 'What is a gizmo?'", "--json")
+    deadline = time.monotonic() + 30
+    while "completed" not in done.stdout and time.monotonic() < deadline:
+        time.sleep(0.2)
+        done = run("query", "SELECT status FROM tasks WHERE objective = 'What is a gizmo?'", "--json")
+    assert "completed" in done.stdout
+    done = run("rebuild", "state", "--agent", "coordinator")
+    assert "Both are the same" in done.stdout, done.stdout
+    assert up.stop()[0] == 0
