@@ -5,6 +5,7 @@ one level, an event after the decision that led to it, and only where a decision
 them get a branch: a task of many steps one after another reads from top to bottom, not from left to right.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -35,6 +36,10 @@ _ANSWERED: Final = (
 """What somebody always answers: without an answer, it still waits for one."""
 
 
+_DEEPEST: Final = 8
+"""Branches within branches, each indented by 8 columns. What goes deeper is told on one level."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """An event, the handling of one, one of its calls, or its dead letter, and what belongs below."""
@@ -46,7 +51,7 @@ class Line:
 def story(trace: Trace) -> tuple[Line, ...]:
     """The trace's lines: one for each root, the rest below them. Every entry and decision is told once."""
     told: set[Entry] = set()
-    return tuple(_branch(trace, root, told) for root in trace.roots)
+    return tuple(_branch(trace, root, told, 0) for root in trace.roots)
 
 
 def is_unanswered(trace: Trace, entry: Entry) -> bool:
@@ -54,27 +59,30 @@ def is_unanswered(trace: Trace, entry: Entry) -> bool:
     return trace.outcome is None and isinstance(entry.event, _ANSWERED) and not trace.on(entry)
 
 
-def _branch(trace: Trace, entry: Entry, told: set[Entry]) -> Line:
+def _branch(trace: Trace, entry: Entry, told: set[Entry], depth: int) -> Line:
     told.add(entry)
-    return Line(entry, tuple(_chain(trace, entry, told)))
+    return Line(entry, tuple(_chain(trace, entry, told, depth)))
 
 
-def _chain(trace: Trace, entry: Entry, told: set[Entry]) -> Iterator[Line]:
+def _chain(trace: Trace, entry: Entry, told: set[Entry], depth: int) -> Iterator[Line]:
     """What came of ``entry``, on one level for as long as one thing led to one other."""
-    following: Entry | None = entry
-    while following is not None:
-        decisions = trace.on(following)
-        following = None
+    waiting = deque([entry])
+    while waiting:
+        decisions = trace.on(waiting.popleft())
         for decision in decisions:
             made = sorted((each for each in made_by(decision) if each not in told), key=lambda each: each.time)
             told.update(made)
-            if len(decisions) == 1:
-                going = [each for each in made if trace.on(each) or isinstance(each.event, _ANSWERED)]
-                following = made[0] if len(made) == 1 else going[0] if len(going) == 1 else None
-            branches = (each for each in made if each is not following)
-            yield Line(decision, (*_calls(decision), *(_branch(trace, each, told) for each in branches)))
-            if following is not None:
-                yield Line(following)
+            following = made if depth == _DEEPEST else _following(trace, made) if len(decisions) == 1 else []
+            branches = [each for each in made if each not in following]
+            yield Line(decision, (*_calls(decision), *(_branch(trace, each, told, depth + 1) for each in branches)))
+            yield from map(Line, following)
+            waiting += following
+
+
+def _following(trace: Trace, made: list[Entry]) -> list[Entry]:
+    """The one thing that a chain goes on with, where there is just one."""
+    going = [each for each in made if trace.on(each) or isinstance(each.event, _ANSWERED)]
+    return made if len(made) == 1 else going if len(going) == 1 else []
 
 
 def _calls(decision: Decision) -> Iterable[Line]:

@@ -158,9 +158,13 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """``decisions`` are in order of their causes; ``roots`` are the entries that nothing in the history led to."""
+    """``decisions`` are in order of their causes; ``roots`` are the entries that nothing in the history led to.
+
+    ``outcome`` is how the task ended; None while it is under way, and for documents.
+    """
 
     history: TaskHistory
+    outcome: Entry | None
     decisions: tuple[Decision, ...]
     roots: tuple[Entry, ...]
     sums: Sums
@@ -171,11 +175,6 @@ class Trace:
     def on(self, entry: Entry) -> tuple[Decision, ...]:
         """The decisions that were made on ``entry``."""
         return self._on.get(entry, ())
-
-    @property
-    def outcome(self) -> Entry | None:
-        """How the task ended; None while it is under way, and for documents."""
-        return next((entry for entry in self.history.entries if isinstance(entry.event, OUTCOMES)), None)
 
     @property
     def began(self) -> datetime:
@@ -201,18 +200,18 @@ def trace_of(history: TaskHistory) -> Trace:
         by_agent.setdefault(decision.agent, Sums()).add(decision)
         for entry in made_by(decision):
             led_to.setdefault(entry, decision)
-    trace = Trace(
+    outcome = next((entry for entry in history.entries if isinstance(entry.event, OUTCOMES)), None)
+    ends = [entry for entry in history.entries if entry in led_to] if outcome is None else [outcome]
+    return Trace(
         history,
+        outcome,
         tuple(decisions),
         tuple(_roots(history, on, led_to)),
         sums,
         by_agent,
-        (),
+        tuple(_path(ends[-1], led_to)) if ends else (),
         {entry: tuple(made) for entry, made in on.items()},
     )
-    ends = [trace.outcome] if trace.outcome is not None else [entry for entry in history.entries if entry in led_to]
-    path = tuple(_path(ends[-1], led_to)) if ends else ()
-    return Trace(history, trace.decisions, trace.roots, sums, by_agent, path, trace._on)
 
 
 def made_by(decision: Decision) -> tuple[Entry, ...]:

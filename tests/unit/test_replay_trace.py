@@ -562,3 +562,25 @@ def test_what_was_erased_says_so() -> None:
     found = trace_of(replace(history, entries=tuple(blank)))
     assert trace_page(found).count(">erased<") == len(blank)
     assert all(entry["erased"] for entry in trace_as_dict(found)["entries"])
+
+
+def test_a_history_of_any_depth_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    tape = Tape()
+    cause = tape.add(assigned(0), 0)
+    for number in range(1, 700):
+        made = [tape.add(assigned(number), number, by=f"{who}@1", cause=cause) for who in "ab"]
+        cause = made[number % 2]
+    found = trace(tape)
+    assert len([line for line in iterated(story(found)) if isinstance(line.what, Entry)]) == len(tape.records)
+    assert trace_page(found)
+    print_trace(found, Output(as_json=False))
+    assert "step 699" in capsys.readouterr().out
+
+
+def iterated(lines: tuple[Line, ...]) -> list[Line]:
+    found, waiting = [], list(lines)
+    while waiting:
+        line = waiting.pop()
+        found.append(line)
+        waiting += line.below
+    return found
