@@ -115,7 +115,9 @@ class Overseer(Agent[BaseModel]):
         cosines: dict[str, float] = {}
         if doubtful:
             vectors = await ctx.embed([text for item in doubtful for text in (item.text, item.window)])
-            similar = np.einsum("ij,ij->i", vectors[0::2], vectors[1::2])
+            # Sums of float32 can differ between machines in their last digit and so, now and then, in the fourth.
+            exact = vectors.astype(np.float64)
+            similar = np.einsum("ij,ij->i", exact[0::2], exact[1::2])
             cosines = {
                 item.text: round(float(min(max(value, 0.0), 1.0)), 4)
                 for item, value in zip(doubtful, similar, strict=True)

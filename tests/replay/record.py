@@ -2,6 +2,7 @@
 
     python -m tests.replay.record              all of them, in about two minutes
     python -m tests.replay.record extractive   one system's courses: extractive, scripted or racing
+    python -m tests.replay.record scripted revised expired     some of one system's courses
 
 In: nothing but the code and documents of the repository. Out: a file a course. Each course is a task or a document
 that goes through an embedded system in a temporary folder: with the ``extractive`` model, with a model server that
@@ -66,6 +67,10 @@ def _document(path: Path) -> DocumentSubmitted:
     )
 
 
+wanted: set[str] = set()
+"""The histories to write; all where it is empty."""
+
+
 class Scene:
     """A running system, and what is asked of it."""
 
@@ -102,6 +107,8 @@ class Scene:
         time.sleep(2)  # what an outcome sets off has ended by then: cancellations, late assessments
         with KafkaLog(self.kafka) as log:
             for name, (key, about) in self.courses.items():
+                if wanted and name not in wanted:
+                    continue
                 history = read_history(log, key, self.client.codec)
                 pinned, decided = asyncio.run(
                     pin(history, name=name, about=about, stations=self._stations, codec=self.client.codec)
@@ -224,6 +231,11 @@ def scripted() -> None:
     def stubborn(asked: int, prompt: str, planning: bool) -> Answer:
         return Answer("Dead letters were invented by Ada Lamp in the year 1901 [1].")
 
+    def paraphrased(asked: int, prompt: str, planning: bool) -> Answer:
+        passages = prompt.partition("[1] ")[2].split("\n\n[")
+        cited = next(number for number, text in enumerate(passages, 1) if "`retryable=True`" in text)
+        return Answer(f"When its handler raised EffectFailedError, the processor tries the event again [{cited}].")
+
     def failing(times: int, status: int) -> Callable[[int, str, bool], Answer]:
         return lambda asked, prompt, planning: Answer(grounded(prompt), status if asked < times else 200)
 
@@ -248,6 +260,7 @@ def scripted() -> None:
         "What is fenced before coming back?": failing(1, 401),
         "How are plans mended?": mended,
         "How can nothing be done?": hopeless,
+        "What does EffectFailedError mean for an event?": paraphrased,
     }
     with ModelServer(scripts) as server:
         settings = {"llm_provider": "openai", "openai_base_url": server.url, "llm_model": "scripted-1"}
@@ -273,6 +286,11 @@ def scripted() -> None:
             others = [
                 ask(
                     "revised", "a claim that nothing supports, and the step's revision", "When is a handler run again?"
+                ),
+                ask(
+                    "paraphrase",
+                    "a claim in other words than its evidence, which embeddings decide on",
+                    "What does EffectFailedError mean for an event?",
                 ),
                 ask("rejected-answer", "an answer that stays ungrounded", "What becomes of dead letters?"),
                 ask("effect-error", "a call that fails once, and is tried again", "What do producers partition by?"),
@@ -392,7 +410,8 @@ SYSTEMS: Final = {"extractive": extractive, "scripted": scripted, "racing": raci
 def main(names: Sequence[str]) -> None:
     HISTORIES.mkdir(exist_ok=True)
     socket.gethostname = lambda: "recorder"  # what is committed names no machine
-    for name in names or SYSTEMS:
+    wanted.update(name for name in names if name not in SYSTEMS)
+    for name in [name for name in SYSTEMS if name in names or not names]:
         print(f"the courses of the {name} system", flush=True)
         SYSTEMS[name]()
 

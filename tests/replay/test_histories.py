@@ -72,6 +72,8 @@ def test_every_agent_and_every_special_course_is_among_them() -> None:
     steps = [step for each in pinned.values() for step in each.steps]
     assert {step.agent for step in steps} == {station.agent.name for station in system_stations()} | {"racer"}
     assert len([event for event in events(pinned["revised"]) if isinstance(event, StepAssessed)]) == 2
+    (assessed,) = [event for event in events(pinned["paraphrase"]) if isinstance(event, StepAssessed)]
+    assert assessed.claims[0].embedding_similarity is not None
     assert {"StepFailed", "TaskCompleted"} <= kinds(pinned["failed-step"])
     assert {"TimerFired", "TaskExpired", "StepCancelRequested", "StepCancelled"} <= kinds(pinned["expired"])
     assert {"TaskCancelRequested", "TaskCancelled", "StepCancelled"} <= kinds(pinned["cancelled"])
