@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -93,8 +93,7 @@ def what_if(
     llm = _provider(request, settings)
     with Folder(folder_of(request, settings)) as folder:
         manifest = folder.manifest(lambda: _manifest(request, history, folder.path.name, on_reading))
-        if not manifest["tasks"]:
-            _refuse_nothing(manifest)
+        _check(manifest, request, folder.path)
 
         def records(tasks: Sequence[str]) -> Iterable[tuple[str, list[Record]]]:
             return histories(history.log, tasks, since_ms=manifest["since_ms"], on_progress=on_reading)
@@ -154,10 +153,24 @@ def _manifest(request: Request, history: History, name: str, on_reading: Progres
         "unknown": chosen.unknown,
         "since_ms": chosen.since_ms,
         "code": _code(),
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _refuse_nothing(manifest: Mapping[str, Any]) -> None:
+def _check(manifest: Mapping[str, Any], request: Request, folder: Path) -> None:
+    """Whether the folder is that of this what-if, and there is something to do.
+
+    Raises:
+        WrongInputError: it is another's, or no task is meant.
+    """
+    mine = orjson.loads(canonical_json({"changes": request.changes.as_dict(), "arguments": request.arguments}))
+    for name, asked in mine.items():
+        if manifest[name] != asked:
+            raise WrongInputError(f"{folder} is of a what-if with other {name}; give this one another --id")
+    if manifest["code"] != _code():
+        raise WrongInputError(f"{folder} was begun by another version of this code; give this what-if another --id")
+    if manifest["tasks"]:
+        return
     if manifest["unknown"]:
         raise WrongInputError(f"the log does not hold the submission of {', '.join(manifest['unknown'])}")
     if manifest["open"]:

@@ -196,6 +196,9 @@ def _print_calls(done: "WhatIf", out: Output) -> None:
     )
     if not report.complete:
         out.console.print(f"The budget ended it: {report.exhausted}. Run it again with more to go on.", markup=False)
+    if report.manifest["arguments"]["since"] or report.manifest["arguments"]["until"]:
+        begun = report.manifest["begun"]
+        out.console.print(f"The tasks are those of {begun}, when this what-if was begun; --id NAME begins another.")
     if report.manifest["unknown"]:
         out.console.print(f"not in the log: {', '.join(report.manifest['unknown'])}", markup=False)
     if report.manifest["open"]:
