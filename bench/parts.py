@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from bench import codec, inflight, latency, log, monitor, pipeline, priority, restore, sinks, slow, step, whatif
+from bench import audit, codec, inflight, latency, log, monitor, pipeline, priority, restore, sinks, slow, step, whatif
 from bench.figures import Figure
 
 __all__ = ["PARTS", "Part", "Scale"]
@@ -113,6 +113,10 @@ def _history(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return log.measure(bootstrap_servers, events=scale.history, rounds=scale.rounds, log=_log)
 
 
+def _audit(bootstrap_servers: str, scale: Scale) -> list[Figure]:
+    return audit.measure(bootstrap_servers, steps=scale.events, events=scale.history, rounds=scale.rounds, log=_log)
+
+
 def _monitor(bootstrap_servers: str, scale: Scale) -> list[Figure]:
     return monitor.measure(bootstrap_servers, samples=scale.events)
 
@@ -136,6 +140,7 @@ PARTS: tuple[Part, ...] = (
     Part("milvus", True, _milvus),
     Part("restore", True, _restore),
     Part("log", True, _history),
+    Part("audit", True, _audit),
     Part("monitor", True, _monitor),
     Part("pipeline", False, _pipeline),
     Part("what-if", False, _what_if),

@@ -36,9 +36,11 @@ def audit_history(
     selection: Selection,
     *,
     folder: Path | None = None,
+    jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> AuditReport:
-    """Audit what ``selection`` means of ``history``; ``folder`` is where records are spooled.
+    """Audit what ``selection`` means of ``history``; ``folder`` is where records are spooled, and
+    ``jobs`` processes decide.
 
     Raises:
         LogReadError: the log can't be read.
@@ -62,6 +64,7 @@ def audit_history(
         spans=spans,
         source=source,
         folder=folder,
+        jobs=jobs,
         on_progress=on_progress,
     )
 
@@ -71,6 +74,7 @@ def verify_report(
     report: AuditReport,
     *,
     folder: Path | None = None,
+    jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> Agreement:
     """Read again what ``report`` names, and say what of it agrees.
@@ -84,6 +88,7 @@ def verify_report(
         stations=stations(history.settings),
         codec=history.codec,
         folder=folder,
+        jobs=jobs,
         on_progress=on_progress,
     )
 

@@ -19,7 +19,7 @@ from replay.decide import Deciding
 from replay.findings import Finding, FindingKind
 from replay.finished import Finished
 from replay.log import Log
-from replay.parts import Part, decide_part
+from replay.parts import Part, decide_parts
 from replay.report import AuditReport, Counts
 from replay.selection import Place, Selection, Span
 from replay.spool import Spool, group_hash, read_part
@@ -43,13 +43,14 @@ def audit(
     spans: Mapping[Place, Span] | None = None,
     source: str = "",
     folder: Path | None = None,
+    jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> AuditReport:
     """Audit the steps whose inputs ``selection`` takes (its ``agents`` are those who decided).
 
     ``finished`` is what each agent had finished before the log's ends were asked for: an agent without an entry is
     judged by what it left. ``spans`` is what to read, by default all that the log holds of the topics concerned.
-    ``folder`` is where records are spooled, about as many bytes as are read.
+    ``folder`` is where records are spooled, about as many bytes as are read. ``jobs`` processes decide side by side.
 
     Raises:
         LogReadError: the log can't be read.
@@ -73,9 +74,7 @@ def audit(
                 done += events
                 tell("deciding", done, spool.items)
 
-            for path in spool.parts():
-                part = decide_part(path, deciding, scope, decided)
-                path.unlink()
+            for part in decide_parts(spool.parts(), deciding, scope, decided, jobs=jobs):
                 digest.update(part.digests)
                 decided_digest.update(part.decided_digests)
                 _add(total, part)
@@ -169,6 +168,7 @@ def verify(
     stations: tuple[Station, ...],
     codec: Codec,
     folder: Path | None = None,
+    jobs: int = 1,
     on_progress: Progress | None = None,
 ) -> Agreement:
     """Read again what ``report`` names, recompute its hashes and digests, and decide anew.
@@ -185,6 +185,7 @@ def verify(
         spans={(span.topic, span.partition): (span.start, span.end) for span in report.spans},
         source=report.source,
         folder=folder,
+        jobs=jobs,
         on_progress=on_progress,
     )
     return Agreement(report, again, tuple(_disagreements(report, again)))

@@ -177,6 +177,7 @@ class Guard:
 
     def _install(self) -> None:
         _hook_once()
+        self._thread = get_ident()
         replaced: dict[int, Any] = {}
         originals = []  # held, so that no id is given again
         for target, name, made in list(functions(_noted)):

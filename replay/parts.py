@@ -7,15 +7,18 @@ findings, and the loose ends that other groups may hold. Nothing of a group is k
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
 from replay.decide import Deciding
 from replay.findings import Decided, DecidedStep, Finding, FindingKind, OutputCheck, Verdict
+from replay.lazy import lazily, type_name
 from replay.recorded import agent_of
 from replay.report import Counts
 from replay.spool import read_part
@@ -25,7 +28,7 @@ from schemas.events import DeadLettered
 from schemas.metadata import Envelope
 from schemas.record import Record
 
-__all__ = ["MOST_FINDINGS", "Part", "decide_part"]
+__all__ = ["MOST_FINDINGS", "Part", "decide_part", "decide_parts"]
 
 MOST_FINDINGS: Final = 1000
 """How many findings a report holds; all are counted."""
@@ -54,6 +57,35 @@ class Part:
                 self.findings.append(finding)
 
 
+def decide_parts(
+    paths: Sequence[Path], deciding: Deciding, scope: Scope, on_events: Callable[[int], None], *, jobs: int = 1
+) -> Iterator[Part]:
+    """Decide parts, in their order, in ``jobs`` processes side by side; each part's file is deleted."""
+    if jobs == 1 or len(paths) < 2:
+        for path in paths:
+            yield decide_part(path, deciding, scope, on_events)
+            path.unlink()
+        return
+    # Forked, so that they have the agents as they are; they do nothing but decide.
+    _inherited.append((deciding, scope))
+    try:
+        with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=get_context("fork")) as pool:
+            for part in pool.map(_decide_inherited, paths):
+                on_events(part.events)
+                yield part
+    finally:
+        _inherited.pop()
+
+
+_inherited: Final[list[tuple[Deciding, Scope]]] = []
+
+
+def _decide_inherited(path: Path) -> Part:
+    part = decide_part(path, *_inherited[-1], lambda events: None)
+    path.unlink()
+    return part
+
+
 def decide_part(path: Path, deciding: Deciding, scope: Scope, on_events: Callable[[int], None]) -> Part:
     """Decide the groups of the part in the file at ``path``; ``on_events`` is told of the records done with."""
     part = Part()
@@ -66,18 +98,22 @@ def decide_part(path: Path, deciding: Deciding, scope: Scope, on_events: Callabl
     finally:
         if collecting:
             gc.enable()
+            gc.collect()
     return part
 
 
 async def _decide(path: Path, deciding: Deciding, scope: Scope, part: Part, on_events: Callable[[int], None]) -> None:
     everything = scope.is_all
-    inputs, agents = scope.inputs.takes, scope.selection.agents
+    inputs, agents, unread = scope.inputs.takes, scope.selection.agents, scope.unread_topics()
     for group, items in read_part(path):
         records: list[tuple[Record, Envelope]] = []
         unreadable: list[tuple[Record, DecodeError]] = []
         decode = deciding.codec.decode
         for item in items:
             record: Record = record_of(item)
+            if record.topic in unread and (lazy := lazily(deciding.codec, record)) is not None:
+                records.append((record, lazy))
+                continue
             try:
                 records.append((record, decode(record)))
             except DecodeError as error:
@@ -160,7 +196,7 @@ def _fields(record: Record) -> tuple[Any, ...]:
 
 
 def _stray(record: Record, envelope: Envelope) -> Finding:
-    name, metadata = type(envelope.event).__name__, envelope.metadata
+    name, metadata = type_name(envelope), envelope.metadata
     return Finding(
         FindingKind.OUTPUT_UNEXPECTED,
         agent_of(metadata.source),

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from replay.lazy import LazyEnvelope
 from schemas.events import DeadLettered, Effect, StepCancelled, TimerFired
 from schemas.frozen import frozen
 from schemas.metadata import REDRIVE_HEADER, Envelope
@@ -105,6 +106,12 @@ class Recorded:
         self.first_source: dict[str, str] = {}
         """By agent, the source of the first output or effect that it left."""
         for record, envelope in history:
+            if type(envelope) is LazyEnvelope:
+                # No agent reads it, and it is none of those below.
+                if agent := agent_of(envelope.metadata.source):
+                    self._outputs[agent, envelope.metadata.causation_id].append((record, envelope))
+                    self.first_source.setdefault(agent, envelope.metadata.source)
+                continue
             event, metadata = envelope.event, envelope.metadata
             if isinstance(event, Effect):
                 self._effects[event.agent, event.event_id].append((record, envelope))

@@ -64,6 +64,10 @@ class Scope:
                 found.update(topic_of(kind).names())
         return frozenset(found)
 
+    def unread_topics(self) -> frozenset[str]:
+        """Topics of outputs that no agent reads."""
+        return self.topics() - self.read_topics() - {_DEAD_LETTERS, _EFFECTS}
+
     def read_topics(self) -> frozenset[str]:
         """The topics that agents read."""
         return frozenset(topic for station in self.stations for topic in station.topics)

@@ -26,6 +26,9 @@ __all__ = ["audit", "print_report", "verify"]
 _SHOWN: Final = 20
 _FILE: Final = click.Path(dir_okay=False, path_type=Path)
 _SPOOL_HELP: Final = "Folder for what is read meanwhile, as large as that (default: the system's for temporary files)."
+_JOBS: Final = click.option(
+    "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that decide side by side."
+)
 
 
 @click.command()
@@ -33,6 +36,7 @@ _SPOOL_HELP: Final = "Folder for what is read meanwhile, as large as that (defau
 @click.option("--report", type=_FILE, help="Write the report as JSON to this file.")
 @click.option("--html", type=_FILE, help="Write the report as an HTML page to this file.")
 @click.option("--spool", type=click.Path(file_okay=False, exists=True, path_type=Path), help=_SPOOL_HELP)
+@_JOBS
 @common_options
 def audit(
     *,
@@ -40,6 +44,7 @@ def audit(
     report: Path | None,
     html: Path | None,
     spool: Path | None,
+    jobs: int,
     data_dir: Path | None,
     out: Output,
 ) -> int:
@@ -52,7 +57,7 @@ def audit(
     from magnatronic.histories import open_history
 
     with open_history(data_dir, history.archive) as opened, _stages(out) as progress:
-        found = audit_history(opened, history.selection, folder=spool, on_progress=progress)
+        found = audit_history(opened, history.selection, folder=spool, jobs=jobs, on_progress=progress)
     if history.selection.tasks and not found.events:
         named = ", ".join(repr(task) for task in sorted(history.selection.tasks))
         raise UnknownTaskError(f'the log holds no task {named}; `magnatronic query "select * from tasks"` lists them')
@@ -68,8 +73,11 @@ def audit(
 @click.argument("report", type=click.Path(dir_okay=False, path_type=Path))
 @from_option
 @click.option("--spool", type=click.Path(file_okay=False, exists=True, path_type=Path), help=_SPOOL_HELP)
+@_JOBS
 @common_options
-def verify(*, report: Path, archive: Path | None, spool: Path | None, data_dir: Path | None, out: Output) -> int:
+def verify(
+    *, report: Path, archive: Path | None, spool: Path | None, jobs: int, data_dir: Path | None, out: Output
+) -> int:
     """Read again what REPORT (JSON) names, recompute its hashes and digests, decide anew, and say what agrees.
 
     Ends with 0 when all agrees, with 1 when something does not. A finding that the report names too agrees.
@@ -84,7 +92,7 @@ def verify(*, report: Path, archive: Path | None, spool: Path | None, data_dir: 
     except (OSError, ReportError) as error:
         raise WrongInputError(f"{report}: {error}") from None
     with open_history(data_dir, archive) as opened, _stages(out) as progress:
-        agreement = verify_report(opened, claimed, folder=spool, on_progress=progress)
+        agreement = verify_report(opened, claimed, folder=spool, jobs=jobs, on_progress=progress)
     if out.as_json:
         again = agreement.again
         out.json({"ok": agreement.ok, "disagrees": agreement.disagrees, "again": again.as_json()})

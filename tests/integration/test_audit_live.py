@@ -289,10 +289,17 @@ def test_a_record_that_does_not_decode_any_more_is_found(recorded: Recorded) -> 
     doctored, output = recorded.copy.changed(
         lambda record: replace(record, value=b"\x01" + (record.value or b"")[1:]), recorded.of_type("StepCompleted")
     )
-    kinds = {finding.kind: finding for finding in recorded.audit(doctored).findings}
-    assert kinds.keys() == {FindingKind.UNREADABLE, FindingKind.OUTPUT_MISSING}
+    finding = only(recorded.audit(doctored), FindingKind.OUTPUT_DIFFERS)
+    assert finding.field == "value"
+    assert f"{output.topic}[{output.partition}]@{output.offset}" in finding.message
+    broken, effect = recorded.copy.changed(lambda record: replace(record, value=b"\x01"), changed_effect)
+    kinds = {finding.kind: finding for finding in recorded.audit(broken).findings}
+    assert kinds.keys() == {FindingKind.UNREADABLE, FindingKind.EFFECT_MISSING}
     unreadable = kinds[FindingKind.UNREADABLE]
-    assert (unreadable.agent, unreadable.offset) == (recorded.bench.agent.name, output.offset)
+    assert (unreadable.agent, unreadable.place) == (
+        recorded.bench.agent.name,
+        f"effects[{effect.partition}]@{effect.offset}",
+    )
 
 
 class Tempted(Asker):

@@ -1,0 +1,163 @@
+"""Deciding history again: records/s of an audit on one core, its memory, and how it compares to the recorded time.
+
+In: a broker. Out: figures of audits read from Kafka, each in a process of its own, over histories that processors made:
+events without a call (input, output) and with a recorded one (input, effect, output). Every step is decided twice under
+the guard, and every output is compared byte for byte. A record counts once, whatever it is: what is measured goes from
+the first byte read to the report, reading, hashing and spooling included. An audit that finds anything fails the part.
+"""
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Final
+
+from bench.figures import Figure
+from bench.kafka import make_topics, produce
+from bench.samples import submissions
+from bench.trial import run_trial
+from bench.workers.effects_worker import TARGET, CallingAgent
+
+__all__ = ["measure"]
+
+PART: Final = "audit"
+CALL_S: Final = 2.0
+_PARTITIONS: Final = 4
+_MIB: Final = 2**20
+_ELSEWHERE: Final = ("effects", "dead-letters")
+
+
+def measure(
+    bootstrap_servers: str, *, steps: int, events: int, rounds: int, log: Callable[[str], None]
+) -> list[Figure]:
+    """Figures over ``steps`` steps with a call each, over ``events`` records without, and over one minute's worth of
+    slow calls. Not to be called twice on one broker.
+
+    Raises:
+        RuntimeError: outputs were lost or doubled, or an audit found something.
+    """
+    make_topics(bootstrap_servers, [f"{TARGET}.normal", *_ELSEWHERE], _PARTITIONS)
+    calling = _record(bootstrap_servers, "calling", steps, wait_s=0.001, concurrency=1000)
+    log(f"{steps:,} steps with a call each are recorded")
+    runs = [_audit(bootstrap_servers, calling) for _ in range(rounds)]
+    log(f"audited at {_rates(runs)[0]:,.0f} records/s")
+    both = [_audit(bootstrap_servers, calling, jobs=2) for _ in range(rounds)]
+    few = _audit(bootstrap_servers, _record(bootstrap_servers, "few", 5_000))
+    many = _audit(bootstrap_servers, _record(bootstrap_servers, "many", events // 2))
+    log(f"{many['records']:,.0f} records without calls audited in {many['seconds']:.1f} s")
+    slow_events = max(1000, steps // 10)
+    slow = _audit(bootstrap_servers, _record(bootstrap_servers, "slow", slow_events, wait_s=CALL_S))
+    return [
+        Figure(PART, "steps with a call each", "records/s", _rates(runs), _note(runs[0])),
+        Figure(PART, "the same, CPU of one core", "µs/record", _cpu(runs), "all of the audit's process"),
+        Figure(PART, "the same in 2 processes", "records/s", _rates(both)),
+        Figure(PART, "steps without a call", "records/s", _rates([many]), _note(many)),
+        Figure(PART, f"memory over {few['records']:,.0f} records", "MiB", (few["rss"] / _MIB,)),
+        Figure(PART, f"memory over {many['records']:,.0f} records", "MiB", (many["rss"] / _MIB,)),
+        Figure(
+            PART,
+            f"calls of {CALL_S:g} s, 256 at once: recorded time / audit",
+            "x",
+            (slow["span_s"] / slow["seconds"],),
+            f"{slow['span_s']:.0f} s of work audited in {slow['seconds']:.1f} s",
+        ),
+    ]
+
+
+def _record(bootstrap_servers: str, name: str, events: int, *, wait_s: float = 0.0, **options: Any) -> dict[str, Any]:
+    """A history of ``events`` inputs with what a processor made of them, and what its audit has to know."""
+    source, group = f"bench.audit-{name}.normal", f"bench-audit-{name}"
+    make_topics(bootstrap_servers, [source], _PARTITIONS)
+    before = _spans(bootstrap_servers, source)
+    produce(bootstrap_servers, source, submissions(events, f"audit-{name}"))
+    trial = run_trial(
+        "effects_worker",
+        bootstrap_servers,
+        group=group,
+        source=source,
+        target=f"{TARGET}.normal",
+        partitions=_PARTITIONS,
+        wanted=events,
+        all_of_it=True,
+        options={"wait_s": wait_s, "max_in_flight": 20_000, **options},
+    )
+    if len(trial.outputs) != events:
+        raise RuntimeError(f"{len(trial.outputs)} outputs of {events} tasks")
+    times = [output.record.timestamp_ms for output in trial.outputs]
+    spans = {
+        place: (before[place][1] if place[0] != source else start, end)
+        for place, (start, end) in _spans(bootstrap_servers, source).items()
+    }
+    return {
+        "name": group,
+        "wait_s": wait_s,
+        "source": source,
+        "spans": spans,
+        "steps": events,
+        "span_s": (max(times) - min(times)) / 1000,
+    }
+
+
+def _spans(bootstrap_servers: str, source: str) -> dict[tuple[str, int], tuple[int, int]]:
+    from replay.errors import LogReadError
+    from replay.kafka_log import KafkaLog
+
+    with KafkaLog({"bootstrap.servers": bootstrap_servers}) as log:
+        for _ in range(100):
+            try:
+                return log.spans([source, f"{TARGET}.normal", *_ELSEWHERE])
+            except LogReadError:
+                time.sleep(0.1)  # a topic that was just created has its leaders a moment later
+        return log.spans([source])
+
+
+def _audit(bootstrap_servers: str, recorded: dict[str, Any], *, jobs: int = 1) -> dict[str, float]:
+    """An audit in a fresh process: records, seconds, CPU seconds and the most memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = pool.submit(_audited, bootstrap_servers, recorded, jobs).result()
+    return {**done, "span_s": recorded["span_s"]}
+
+
+def _audited(bootstrap_servers: str, recorded: dict[str, Any], jobs: int) -> dict[str, float]:
+    from magnatronic.finished import finished_offsets
+    from replay.audit import audit
+    from replay.decide import Station
+    from replay.kafka_log import KafkaLog
+    from schemas.codec import Codec
+
+    kafka = {"bootstrap.servers": bootstrap_servers}
+    agent = type("NamedAgent", (CallingAgent,), {"name": recorded["name"], "wait_s": recorded["wait_s"]})()
+    finished = finished_offsets(kafka, [agent.name])
+    cpu, start = time.process_time(), time.perf_counter()
+    with KafkaLog(kafka) as log:
+        report = audit(
+            log,
+            stations=(Station(agent, frozenset({recorded["source"]})),),
+            codec=Codec(),
+            finished=finished,
+            spans=recorded["spans"],
+            jobs=jobs,
+        )
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    if not report.ok or report.verdicts() != {"same": recorded["steps"]}:
+        raise RuntimeError(f"{report.verdicts()}, {report.found}; the first: {report.findings[:1]}")
+    return {
+        "records": report.events,
+        "steps": report.steps,
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _rates(runs: list[dict[str, float]]) -> tuple[float, ...]:
+    return tuple(run["records"] / run["seconds"] for run in runs)
+
+
+def _cpu(runs: list[dict[str, float]]) -> tuple[float, ...]:
+    return tuple(run["cpu_s"] / run["records"] * 1e6 for run in runs)
+
+
+def _note(run: dict[str, float]) -> str:
+    return f"{run['records']:,.0f} records of {run['steps']:,.0f} steps, decided twice"
