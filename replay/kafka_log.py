@@ -31,6 +31,18 @@ from schemas.topics import all_topics
 
 __all__ = ["KafkaLog"]
 
+_PASSING: Final = frozenset(
+    {
+        # The client connects again by itself; a read that gets nothing for too long ends by that.
+        KafkaError._TRANSPORT,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._RESOLVE,
+        KafkaError._TIMED_OUT,
+        # Every consumer asks for its group's coordinator; this one joins no group, and needs no right on one.
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+    }
+)
+
 _BATCH: Final = 1000
 _TIMEOUT_S: Final = 10.0
 _RETRY_S: Final = 0.2
@@ -80,6 +92,7 @@ class KafkaLog(Log):
         self._kafka = dict(kafka)
         self._idle_timeout_s = idle_timeout_s
         self._clock_step = clock_step
+        self._timeout_s = min(_TIMEOUT_S, idle_timeout_s)
         self._admin: AdminClient | None = None
 
     def close(self) -> None:
@@ -124,7 +137,7 @@ class KafkaLog(Log):
             consumer.close()
 
     def _places(self, topics: Collection[str]) -> set[Place]:
-        known = self._asked().list_topics(timeout=_TIMEOUT_S).topics
+        known = self._asked().list_topics(timeout=self._timeout_s).topics
         missing = sorted(topic for topic in topics if topic not in known)
         if missing:
             raise LogReadError(
@@ -140,7 +153,7 @@ class KafkaLog(Log):
             asked = self._asked().list_offsets(
                 {TopicPartition(*place): which for place in left},
                 isolation_level=IsolationLevel.READ_COMMITTED,
-                request_timeout=_TIMEOUT_S,
+                request_timeout=self._timeout_s,
             )
             for partition, future in asked.items():
                 try:
@@ -180,7 +193,7 @@ class KafkaLog(Log):
 
     def _first_at(self, consumer: Consumer, wanted: Mapping[Place, Span], at: datetime) -> dict[Place, int]:
         asked = [TopicPartition(*place, milliseconds(at)) for place, (first, end) in wanted.items() if first < end]
-        found = consumer.offsets_for_times(asked, timeout=_TIMEOUT_S) if asked else []
+        found = consumer.offsets_for_times(asked, timeout=self._timeout_s) if asked else []
         for each in found:
             if each.error is not None:
                 raise KafkaException(each.error)
@@ -214,6 +227,7 @@ class _Reading:
         self._by_time = bool(until)
         self._takes = selection.filter()
         self._idle_timeout_s = idle_timeout_s
+        self._said = ""
 
     def batches(self, on_progress: Progress | None) -> Iterator[Batch]:
         begun = sum(self._positions.values())
@@ -261,8 +275,8 @@ class _Reading:
             if time.monotonic() > deadline:
                 waiting = ", ".join(f"{topic}/{partition}" for topic, partition in sorted(self._ends))
                 raise LogReadError(
-                    f"nothing came for {self._idle_timeout_s:g} s, and these are not at their end: {waiting}; "
-                    "is a broker down?"
+                    f"nothing came for {self._idle_timeout_s:g} s{self._said}, and these are not at their end: "
+                    f"{waiting}; is a broker down?"
                 )
         return [first, *self._consumer.consume(_BATCH, timeout=0)]
 
@@ -281,6 +295,7 @@ class _Reading:
                 f"{topic}/{partition} no longer holds offset {self._positions.get((topic, partition))}: {error.str()}; "
                 f"{_GONE}"
             )
-        # Every consumer asks for its group's coordinator; this one joins no group, and needs no right on one.
-        elif not error.retriable() and error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
+        elif not error.retriable() and error.code() not in _PASSING:
             raise KafkaException(error)
+        elif error.code() != KafkaError.GROUP_AUTHORIZATION_FAILED:
+            self._said = f" ({error.str()})"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["archive"]
 
-_EVERY_S: Final = 300.0
+_EVERY_S: Final = 3600.0
 
 
 @click.group(invoke_without_command=True)
@@ -38,7 +38,7 @@ _EVERY_S: Final = 300.0
     type=click.FloatRange(min=0.1),
     default=_EVERY_S,
     show_default=True,
-    help="With --follow: seconds from one run to the next; each that finds something makes a file.",
+    help="With --follow: seconds from one run to the next. Each makes a file: an hour is often enough.",
 )
 @click.option("--allow-gaps", is_flag=True, help="Note what retention deleted before it was archived, and go on.")
 @common_options
