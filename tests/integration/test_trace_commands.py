@@ -127,6 +127,9 @@ def test_an_agent_a_policy_and_memory_as_they_stood(system: "SystemForTests", ta
     assert submitted["kind"] == "document"
     before = as_json(system.run("trace", "--json", "--memory", widgets, "--at", submitted["began"]))
     assert before["state"] in ("not indexed yet", "indexed")
+    then = as_json(system.run("trace", "--json", widgets, "--at", submitted["entries"][-1]["time"]))["then"]
+    assert json.loads(then[f"state of embedder, lane {widgets}"])["chunk_ids"] == [chunk["chunk"] for chunk in chunks]
+    assert then["notes"] == []
 
 
 def test_an_archive_gives_the_same_trace(system: "SystemForTests", task: str, tmp_path: Path) -> None:
