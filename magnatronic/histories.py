@@ -4,6 +4,7 @@ In: a data folder, and the folder of an archive where one is given. Out: :class:
 records are read with.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from replay.log import Log
 from schemas.codec import Codec
 
 __all__ = ["History", "open_history"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +54,10 @@ def open_history(data_dir: Path | None, archive: Path | None = None) -> History:
         found = find_system(data_dir)
         return History(KafkaLog(found.kafka), found.codec(), found.settings, found)
     settings = Settings.load(**({} if data_dir is None else {"data_dir": data_dir}))
-    return History(ArchiveLog(archive), make_codec(settings), settings, None)
+    log = ArchiveLog(archive)
+    for gap in log.gaps:
+        _log.warning(
+            "the archive in %s lacks offsets %d to %d of %s/%d: retention had deleted them before they were archived",
+            *(archive, gap.start, gap.end, gap.topic, gap.partition),
+        )
+    return History(log, make_codec(settings), settings, None)
