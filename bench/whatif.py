@@ -6,6 +6,7 @@ its users run it, start and report included, and the calls that it made. The par
 through for another reason than a memory that is not asked, when an unchanged one differs, or when a topic grew.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+import psutil
 from confluent_kafka.admin import AdminClient
 
 from bench.figures import Figure
@@ -36,6 +38,7 @@ PROMPT: Final = "Answer from the numbered passages only, in two sentences at mos
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _TASK_TOPICS: Final = [name for topic in TOPICS if topic.key in ("task_id", "target") for name in topic.names()]
 _WAIT_S: Final = 0.05
+_SAMPLE_S: Final = 0.05
 _REFUSE: Final = 10
 _SLOW: Final = 25
 
@@ -80,9 +83,8 @@ def measure(*, tasks: int, log: Callable[[str], None]) -> list[Figure]:
                 raise RuntimeError("a topic grew while the what-ifs ran")
             system.check()
     for name, run in runs.items():
-        log(
-            f"{name}: {run.seconds:.1f} s, {run.report['totals']['by_status']}, made {run.report['totals']['made']}, {run.peak_mib:.0f} MiB"
-        )
+        sums = run.report["totals"]
+        log(f"{name}: {run.seconds:.1f} s, {sums['by_status']}, {sums['made']} calls, {run.peak_mib:.0f} MiB")
     return _figures(tasks, runs, server.refused)
 
 
@@ -126,15 +128,21 @@ def _what_if(data_dir: Path, tasks: int, *options: str) -> _Run:
     ]
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start = time.monotonic()
-        process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=_ROOT)
-        _, status, used = os.wait4(process.pid, 0)  # of this process alone: the broker is a child too
+        process = psutil.Popen(command, stdout=output, stderr=errors, cwd=_ROOT)
+        peak, cpu_s = 0, 0.0
+        # Sampled: what the kernel keeps as the highest is this process's, from which that one was forked.
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error), process.oneshot():
+                peak = max(peak, process.memory_info().rss)
+                used = process.cpu_times()
+                cpu_s = used.user + used.system
+            time.sleep(_SAMPLE_S)
         seconds = time.monotonic() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
         if process.returncode != 0:
             raise RuntimeError(f"what-if {' '.join(options)}: {errors.read().decode(errors='replace')[-2000:]}")
-        return _Run(seconds, orjson.loads(output.read()), used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+        return _Run(seconds, orjson.loads(output.read()), cpu_s, peak / 2**20)
 
 
 class _ChatServer:
