@@ -72,6 +72,10 @@ async def agent_then(
     notes = []
     if len(keys) > _SHOWN:
         notes.append(f"The lanes of the newest {_SHOWN} of {len(keys):,} open {_of(station)} are shown.")
+    if doubtful := sum(lane.doubt is not None for _, lane in lanes):
+        notes.append(
+            f"The states of {doubtful} lanes are not certain: the code of today decides otherwise than recorded."
+        )
     if not instances:
         notes.append("The directory holds nothing of it from then: it keeps its records for days only.")
     if not figures:
@@ -193,8 +197,9 @@ def _histories(
 
 
 def _is_under_way(history: TaskHistory, lane: LaneThen) -> bool:
-    """Whether the lane keeps a task's state that is no mere marker of what is over."""
-    return history.kind == "task" and lane.state is not None and lane.state.expires_at is None
+    """Whether the lane keeps a task's state that is no mere marker of what is over, or may do so."""
+    kept = lane.state is not None and lane.state.expires_at is None
+    return history.kind == "task" and (kept or lane.doubt is not None)
 
 
 _LANE_COLUMNS: Final = ("lane", "key", "decided last", "waits for an end", "since", "calls so far", "kept")

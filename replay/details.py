@@ -112,12 +112,14 @@ def _details(event: Event) -> Iterator[Detail]:
             inputs = tuple((each.step_id, each.objective, each.answer) for each in event.inputs)
             yield Detail("inputs", columns=("step", "objective", "answer"), rows=inputs)
             yield _parameters(event.parameters)
+            yield Detail("deadline", "" if event.deadline is None else event.deadline.isoformat())
         case StepCompleted():
             yield Detail("answer", event.answer)
             claims = tuple((claim.text, ", ".join(claim.chunk_ids)) for claim in event.claims)
             yield Detail("claims", columns=("claim", "chunks"), rows=claims)
             yield _citations(event.citations)
             yield _evidence("evidence", event.evidence)
+            yield Detail("model", event.model)
         case StepAssessed():
             yield _claims(event.claims)
             yield Detail("finding", event.finding, brief=True)
@@ -149,7 +151,7 @@ def _llm(event: LlmCalled) -> Iterator[Detail]:
         rest = {name: value for name, value in request.items() if name not in shown and value not in ("", None)}
         yield Detail("settings", ", ".join(f"{name} {value}" for name, value in rest.items()))
     if isinstance(response, dict):
-        yield Detail("response", str(response.get("text", "")))
+        yield Detail("response", readable_json(str(response.get("text", ""))))
         yield Detail("finished", str(response.get("finish_reason", "")))
     else:
         yield Detail("response", event.response)

@@ -9,7 +9,7 @@ appended counts from the moment of the append.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -24,6 +24,9 @@ from schemas.events import TimerFired
 
 __all__ = ["LaneThen", "lane_sheet", "lanes_at"]
 
+_CERTAIN: Final = frozenset({Verdict.SAME, Verdict.CANCELLED, Verdict.UNREADABLE})
+"""Verdicts after which a lane's state is known: it is as decided, or the step left it as it was."""
+
 _Place = tuple[str, int, int]
 
 
@@ -32,7 +35,7 @@ class LaneThen:
     """A lane of an agent as it was. ``state`` is None where the lane kept nothing; ``timers`` are those that ran.
 
     ``last`` is the last step that had been decided, at ``since``; ``open`` are the events of the lane that had been
-    appended and were not decided yet.
+    appended and were not decided yet. ``doubt`` is the lane's first step that the code did not decide as recorded.
     """
 
     agent: str
@@ -43,11 +46,7 @@ class LaneThen:
     last: DecidedStep | None
     since: datetime | None
     open: tuple[Entry, ...]
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the code made the recorded decision when it decided it again, so that its state can be believed."""
-        return self.last is None or self.last.verdict is Verdict.SAME
+    doubt: DecidedStep | None = None
 
     @property
     def state_as_json(self) -> Any:
@@ -121,7 +120,8 @@ def _lane(
         state = None
     waiting = tuple(entry for step, when, entry in steps if when is None or when > time)
     version = steps[0][0].version if last is None else last.version
-    return LaneThen(agent, version, lane, state, timers, last, since, waiting)
+    doubt = next((step for step, _ in done if step.verdict not in _CERTAIN), None)
+    return LaneThen(agent, version, lane, state, timers, last, since, waiting, doubt)
 
 
 def lane_sheet(history: TaskHistory, time: datetime, lanes: Sequence[LaneThen]) -> Sheet:
@@ -139,8 +139,8 @@ def lane_sheet(history: TaskHistory, time: datetime, lanes: Sequence[LaneThen]) 
         if lane.state is not None:
             shown = orjson.dumps(lane.state_as_json, option=orjson.OPT_INDENT_2).decode()
             texts[f"state of {lane.agent}, lane {lane.lane}"] = shown
-        if not lane.trusted and lane.last is not None:
-            why = "; ".join(finding.message for finding in lane.last.findings) or lane.last.verdict.value
+        if lane.doubt is not None:
+            why = "; ".join(map(str, lane.doubt.findings)) or f"{lane.doubt.agent}'s step is {lane.doubt.verdict.value}"
             notes.append(f"The state of {lane.agent}, lane {lane.lane}, is not certain: {why}")
     columns = ("agent", "lane", "decided last", "when", "kept", "timers", "not decided yet")
     known = sum(entry.time <= time for entry in history.entries)

@@ -89,7 +89,7 @@ async def test_between_two_events_only_what_had_happened_by_then_counts() -> Non
     done = await lanes(history, after(history, "TaskCompleted"))
     assert task_state(done["coordinator"]).finished
     assert not any(lane.open for lane in done.values())
-    assert all(lane.trusted for lane in done.values())
+    assert all(lane.doubt is None for lane in done.values())
 
 
 async def test_before_an_agent_had_work_it_has_no_lane() -> None:
@@ -130,6 +130,14 @@ async def test_every_moment_of_every_history_can_be_told(name: str) -> None:
         assert sheet_page(lane_sheet(history, time, found))
 
 
+async def test_a_step_that_was_stopped_leaves_no_doubt() -> None:
+    history = recorded("cancelled")
+    found = await lanes(history, after(history, "StepCancelled"))
+    assert found["retriever /1"].last is not None
+    assert found["retriever /1"].open == ()
+    assert all(lane.doubt is None for lane in found.values())
+
+
 class Forgetful(Coordinator):
     """The same agent, but for what it emits."""
 
@@ -145,7 +153,7 @@ async def test_a_state_that_other_code_decided_is_said_to_be_uncertain() -> None
     found = await lanes_at(history, time, stations=stations, codec=CODEC)
     (note,) = lane_sheet(history, time, found).notes
     assert "coordinator" in note
-    assert "not certain" in note
+    assert "not certain: output unexpected" in note
 
 
 def rows(sheet: Sheet, title: str) -> list[dict[str, Any]]:
