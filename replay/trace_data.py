@@ -51,7 +51,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "type": entry.type,
         "id": entry.id,
         "source": entry.source,
-        "decided_for": None if metadata is None else metadata.time.isoformat(),
+        "decided_at": None if metadata is None else metadata.time.isoformat(),
         "causation_id": "" if metadata is None else metadata.causation_id,
         "redriven_for": entry.redriven_for,
         "erased": entry.erased,

@@ -190,7 +190,7 @@ def _facts(entry: Entry) -> Html:
     known: dict[str, Part] = {"appended": entry.time, "at": entry.place}
     if metadata is not None:
         known |= {
-            "decided for": metadata.time,
+            "decided at": metadata.time,
             "by": metadata.source,
             "event id": metadata.id,
             "answers": metadata.causation_id,
