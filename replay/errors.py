@@ -12,6 +12,7 @@ ReplayError
 ├── UnknownIdError          no record is about what was asked for
 │   └── UnknownTaskError    no record carries the task's id
 ├── WhatIfError             a what-if can't be run, or not gone on with
+│   └── UndecidedError      other code can't decide a step of a task
 └── OpenTaskError           the task has no outcome yet, so its history is not complete
 """
 
@@ -26,6 +27,7 @@ __all__ = [
     "PinnedFileError",
     "ReplayError",
     "ReportError",
+    "UndecidedError",
     "UnknownIdError",
     "UnknownTaskError",
     "WhatIfError",
@@ -78,6 +80,10 @@ class OpenTaskError(ReplayError):
 
 class WhatIfError(ReplayError):
     """The what-if can't be run as it was asked for, or its folder can't be used."""
+
+
+class UndecidedError(WhatIfError):
+    """The code of another revision can't decide a step, or decides what can't be read here."""
 
 
 class ReportError(ReplayError):

@@ -170,7 +170,7 @@ class TaskAnswers:
             agent=caller.agent,
             source=caller.source,
             key=cause.subject,
-            cause=Metadata(asked_for, cause.source, cause.subject, cause.time),
+            cause=Metadata(asked_for, cause.source, cause.subject, cause.time, data_subjects=cause.data_subjects),
             ports=self._all.ports,
             timeout_s=caller.timeout_s,
         )

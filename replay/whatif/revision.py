@@ -24,7 +24,7 @@ from typing import Any, Final, Self
 
 from agents.agent import Failure
 from agents.step import StepResult, TimerChange
-from replay.errors import WhatIfError
+from replay.errors import UndecidedError, WhatIfError
 from replay.whatif import worker
 from replay.whatif.fleet import Taker
 from replay.whatif.worker import PROTOCOL, Ask, Decision, Want, told_event
@@ -201,7 +201,7 @@ class RevisionFleet:
                 try:
                     outputs.append(self._codec.decode(record))
                 except SchemaError as error:
-                    raise WhatIfError(
+                    raise UndecidedError(
                         f"{ask.agent} of {self._name} emits what this version can't read: {error}; run the what-if "
                         "with a version that knows its events"
                     ) from error
@@ -240,7 +240,7 @@ class RevisionFleet:
                 process.kill()
                 raise WhatIfError(f"the code of {self._name} gave no answer within {_STEP_S:g} s") from None
         if "error" in answer:
-            raise WhatIfError(f"the code of {self._name} can't be run for a what-if: {answer['error']}")
+            raise UndecidedError(f"the code of {self._name} can't be run for a what-if: {answer['error']}")
         found: dict[str, Any] = answer
         return found
 

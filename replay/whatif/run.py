@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agents.ports import Ports
+from replay.errors import UndecidedError
 from replay.whatif.answers import Answers
 from replay.whatif.budget import Budget, Estimate
 from replay.whatif.calls import CallLog
@@ -161,7 +162,10 @@ class _Work:
         past = Past(task_id, history, setup.fleet.names())
         if why := self._unfit(past):
             return TaskResult(task_id, Status.LEFT_OUT, why=why, digest=past.digest())
-        return await Simulation(past, setup.fleet, setup.posts, self._answers, setup.codec).run()
+        try:
+            return await Simulation(past, setup.fleet, setup.posts, self._answers, setup.codec).run()
+        except UndecidedError as error:
+            return TaskResult(task_id, Status.LEFT_OUT, why=str(error), digest=past.digest())
 
     def _unfit(self, past: Past) -> str:
         if past.submitted is None:

@@ -83,6 +83,10 @@ class _Step:
                 elif not await self._try_again(decision):
                     stepped.failure = decision.failure
                     self._ask = replace(self._ask, failure=decision.failure)
+        except asyncio.CancelledError:
+            for flight in self._flights.values():
+                flight.cancel()
+            raise
         finally:
             await self._land()
 

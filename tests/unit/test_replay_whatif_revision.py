@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agents.context import Ports
-from replay.errors import WhatIfError
+from replay.errors import UndecidedError, WhatIfError
 from replay.whatif.answers import Answers
 from replay.whatif.budget import Budget
 from replay.whatif.calls import CallLog
@@ -45,6 +45,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changed(folder, "printing", "agents/retriever.py", "limit = _PASSAGES", "print('hello')\n        limit = _PASSAGES")
     reach = "import socket; socket.create_connection(('127.0.0.1', 9))\n        limit = _PASSAGES"
     changed(folder, "reaching", "agents/retriever.py", "limit = _PASSAGES", reach)
+    changed(
+        folder, "stricter", "schemas/events/tasks.py", 'submitted_by: str = ""', "submitted_by: str\n    author: str"
+    )
     changed(folder, "broken", "agents/step.py", "import", "import nothing_of_this_name, ")
     return folder
 
@@ -127,6 +130,13 @@ async def test_code_that_reaches_outside_fails_there(repository: Path, tmp_path:
         result = await simulated(records, fleet, tmp_path)
     failed = next(each for each in result.divergences if each.kind is Departure.FAILS)
     assert "PermissionError: code in a what-if tried socket" in failed.after
+
+
+async def test_events_that_the_code_can_t_take_are_told(repository: Path, tmp_path: Path) -> None:
+    records = await recorded("What is uvloop?")
+    async with fleet_at("stricter", repository, tmp_path) as fleet:
+        with pytest.raises(UndecidedError, match="(?s)the code of stricter .*author.*Field required"):
+            await simulated(records, fleet, tmp_path)
 
 
 @pytest.mark.parametrize(
