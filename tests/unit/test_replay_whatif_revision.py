@@ -135,7 +135,7 @@ async def test_code_that_reaches_outside_fails_there(repository: Path, tmp_path:
 async def test_events_that_the_code_can_t_take_are_told(repository: Path, tmp_path: Path) -> None:
     records = await recorded("What is uvloop?")
     async with fleet_at("stricter", repository, tmp_path) as fleet:
-        with pytest.raises(UndecidedError, match="(?s)the code of stricter .*author.*Field required"):
+        with pytest.raises(UndecidedError, match=r"(?s)the code of stricter .*author.*Field required"):
             await simulated(records, fleet, tmp_path)
 
 
