@@ -120,7 +120,8 @@ async def recorded(objective: str, task_id: str = "t1", **options: Any) -> list[
     """The log of a task, by the extractive model unless ``llm`` is another."""
     agents = options.pop("agents", None) or fleet_of()
     options.setdefault("topics", {agent.name: frozenset(bind(agent).topics) for agent in agents})
-    ports = Ports(options.pop("llm", None) or ExtractiveModel(), Corpus(), Embedding(), directory=Nobody())
+    llm, tools = options.pop("llm", None) or ExtractiveModel(), options.pop("tools", None)
+    ports = Ports(llm, Corpus(), Embedding(), tools, Nobody())
     return await record(objective, task_id=task_id, agents=agents, ports=ports, **options)
 
 
