@@ -6,7 +6,7 @@ each answer, which shows it what it saw before and then the answer: it can't tel
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -72,6 +72,7 @@ class _Step:
                     if stepped.stops:
                         return stepped
                 elif decision.failure is None:
+                    self._drop(self._flights)  # it decided without waiting for them
                     stepped.decision = decision
                     stepped.elapsed_ms += decision.busy_ms
                     if not stepped.wants:
@@ -84,8 +85,7 @@ class _Step:
                     stepped.failure = decision.failure
                     self._ask = replace(self._ask, failure=decision.failure)
         except asyncio.CancelledError:
-            for flight in self._flights.values():
-                flight.cancel()
+            self._drop(self._flights)
             raise
         finally:
             await self._land()
@@ -134,8 +134,7 @@ class _Step:
             if want.identity not in self._flights:
                 self._flights[want.identity] = asyncio.create_task(self._answers.make(self._caller, want))
         by_identity = {want.identity: want for want in wants}
-        for identity in [identity for identity in self._flights if identity not in by_identity]:
-            self._flights.pop(identity).cancel()  # the handler no longer waits for it
+        self._drop(self._flights.keys() - by_identity.keys())  # the handler no longer waits for them
         await asyncio.wait(self._flights.values(), return_when=asyncio.FIRST_COMPLETED)
         ended = [(identity, task.result()) for identity, task in self._flights.items() if task.done()]
         stops = tuple(answer for _, answer in ended if isinstance(answer, Stop))
@@ -161,6 +160,10 @@ class _Step:
         self._next += 1
         self._known.append(taken)
         return taken
+
+    def _drop(self, identities: Iterable[Identity]) -> None:
+        for identity in tuple(identities):
+            self._flights.pop(identity).cancel()
 
     async def _land(self) -> None:
         """Wait for what is under way: it is paid for, so it is to be kept."""
