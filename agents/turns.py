@@ -147,6 +147,11 @@ class Turns:
         self.tasks: list[asyncio.Task[Any]] = []
         self.time = 0.0
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing but the handler's own coroutine is under way: the answer to what it asks comes next."""
+        return not (self._calls or self.tasks or self.ready or self._delays or self._must_cancel or self._closing)
+
     # What the handler's code does, in its own turn.
 
     def ask(self, call: Call) -> "asyncio.Future[Any]":

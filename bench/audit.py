@@ -8,20 +8,29 @@ the first byte read to the report, reading, hashing and spooling included. An au
 
 import multiprocessing
 import resource
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Final
 
+from confluent_kafka.admin import AdminClient
+
 from bench.figures import Figure
-from bench.kafka import make_topics, produce
+from bench.kafka import make_topics, produce, stable_offsets
 from bench.samples import submissions
-from bench.trial import run_trial
+from bench.trial import Worker
 from bench.workers.effects_worker import TARGET, CallingAgent
+from bench.workers.task import WorkerTask
+from replay.selection import Place, Span
 
 __all__ = ["measure"]
 
 PART: Final = "audit"
+_TARGET: Final = f"{TARGET}.normal"
+_SETTLED_S: Final = 1.0
+_STALLED_S: Final = 60.0
+_POLL_S: Final = 0.2
 CALL_S: Final = 2.0
 _PARTITIONS: Final = 4
 _MIB: Final = 2**20
@@ -37,7 +46,7 @@ def measure(
     Raises:
         RuntimeError: outputs were lost or doubled, or an audit found something.
     """
-    make_topics(bootstrap_servers, [f"{TARGET}.normal", *_ELSEWHERE], _PARTITIONS)
+    make_topics(bootstrap_servers, [_TARGET, *_ELSEWHERE], _PARTITIONS)
     calling = _record(bootstrap_servers, "calling", steps, wait_s=0.001, concurrency=1000)
     log(f"{steps:,} steps with a call each are recorded")
     runs = [_audit(bootstrap_servers, calling) for _ in range(rounds)]
@@ -71,42 +80,46 @@ def _record(bootstrap_servers: str, name: str, events: int, *, wait_s: float = 0
     make_topics(bootstrap_servers, [source], _PARTITIONS)
     before = _spans(bootstrap_servers, source)
     produce(bootstrap_servers, source, submissions(events, f"audit-{name}"))
-    trial = run_trial(
-        "effects_worker",
-        bootstrap_servers,
-        group=group,
-        source=source,
-        target=f"{TARGET}.normal",
-        partitions=_PARTITIONS,
-        wanted=events,
-        all_of_it=True,
-        options={"wait_s": wait_s, "max_in_flight": 20_000, **options},
-    )
-    if len(trial.outputs) != events:
-        raise RuntimeError(f"{len(trial.outputs)} outputs of {events} tasks")
-    times = [output.record.timestamp_ms for output in trial.outputs]
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        told = {"wait_s": wait_s, "max_in_flight": 20_000, **options}
+        task = WorkerTask(bootstrap_servers, group, source, _TARGET, _PARTITIONS, folder, told)
+        worker = Worker("effects_worker", task)
+        try:
+            _wait(bootstrap_servers, worker, before, events)
+        finally:
+            worker.stop()
     spans = {
         place: (before[place][1] if place[0] != source else start, end)
         for place, (start, end) in _spans(bootstrap_servers, source).items()
     }
-    return {
-        "name": group,
-        "wait_s": wait_s,
-        "source": source,
-        "spans": spans,
-        "steps": events,
-        "span_s": (max(times) - min(times)) / 1000,
-    }
+    return {"name": group, "wait_s": wait_s, "source": source, "spans": spans, "steps": events}
 
 
-def _spans(bootstrap_servers: str, source: str) -> dict[tuple[str, int], tuple[int, int]]:
+def _wait(bootstrap_servers: str, worker: Worker, before: Mapping[Place, Span], events: int) -> None:
+    """Until the worker has committed an output for each event, and nothing more comes."""
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    start = sum(end for (topic, _), (_, end) in before.items() if topic == _TARGET)
+    last, moved = -1, time.monotonic()
+    while True:
+        worker.cpu_s()  # raises when it has ended
+        written = sum(stable_offsets(admin, _TARGET, _PARTITIONS)) - start
+        if written != last:
+            last, moved = written, time.monotonic()
+        elif time.monotonic() - moved > (_SETTLED_S if written >= events else _STALLED_S):
+            if written < events:
+                raise RuntimeError(f"{written} of {events} outputs: {worker.last_lines()}")
+            return
+        time.sleep(_POLL_S)
+
+
+def _spans(bootstrap_servers: str, source: str) -> dict[Place, Span]:
     from replay.errors import LogReadError
     from replay.kafka_log import KafkaLog
 
     with KafkaLog({"bootstrap.servers": bootstrap_servers}) as log:
         for _ in range(100):
             try:
-                return log.spans([source, f"{TARGET}.normal", *_ELSEWHERE])
+                return log.spans([source, _TARGET, *_ELSEWHERE])
             except LogReadError:
                 time.sleep(0.1)  # a topic that was just created has its leaders a moment later
         return log.spans([source])
@@ -116,7 +129,7 @@ def _audit(bootstrap_servers: str, recorded: dict[str, Any], *, jobs: int = 1) -
     """An audit in a fresh process: records, seconds, CPU seconds and the most memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         done = pool.submit(_audited, bootstrap_servers, recorded, jobs).result()
-    return {**done, "span_s": recorded["span_s"]}
+    return done
 
 
 def _audited(bootstrap_servers: str, recorded: dict[str, Any], jobs: int) -> dict[str, float]:
@@ -124,6 +137,7 @@ def _audited(bootstrap_servers: str, recorded: dict[str, Any], jobs: int) -> dic
     from replay.audit import audit
     from replay.decide import Station
     from replay.kafka_log import KafkaLog
+    from replay.selection import Selection
     from schemas.codec import Codec
 
     kafka = {"bootstrap.servers": bootstrap_servers}
@@ -140,6 +154,11 @@ def _audited(bootstrap_servers: str, recorded: dict[str, Any], jobs: int) -> dic
             jobs=jobs,
         )
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with KafkaLog(kafka) as log:
+        effects = {place: span for place, span in recorded["spans"].items() if place[0] == "effects"}
+        batches = log.read(Selection(spans=effects)) if recorded["wait_s"] else ()
+        times = [record.timestamp_ms for batch in batches for record in batch.records]
     if not report.ok or report.verdicts() != {"same": recorded["steps"]}:
         raise RuntimeError(f"{report.verdicts()}, {report.found}; the first: {report.findings[:1]}")
     return {
@@ -147,7 +166,8 @@ def _audited(bootstrap_servers: str, recorded: dict[str, Any], jobs: int) -> dic
         "steps": report.steps,
         "seconds": seconds,
         "cpu_s": cpu_s,
-        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "span_s": (max(times) - min(times)) / 1000 if times else 0.0,
+        "rss": rss,
     }
 
 

@@ -10,8 +10,10 @@ from typing import Any, Final, Protocol
 
 from agents.agent import Agent, Failure
 from agents.errors import NondeterminismError
+from agents.handler_loop import of_thread
 from agents.journal import Journal, Request
 from agents.step import LaneState, StepResult, begin_step, failure_of, run_failure
+from agents.turns import Turns
 from replay.checks import Report
 from replay.difference import Change, changes, told
 from replay.findings import Finding, FindingKind
@@ -19,7 +21,7 @@ from replay.guard import Guard, Use
 from replay.recorded import Left
 from schemas.codec import Codec, Encoded
 from schemas.events import DeadLettered, Priority
-from schemas.metadata import Envelope
+from schemas.metadata import Envelope, Metadata
 from schemas.record import Record
 from schemas.topics import key_of, priority_of, topic_name
 
@@ -33,12 +35,31 @@ _OF_ITS_PLACE: Final = frozenset({"EncodeError", "EventTooLargeError", "EventToo
 
 
 class ReplayJournal(Journal):
-    """A journal that knows the call that it could not answer."""
+    """The journal of one attempt. It knows the call that it could not answer; ``like`` is the first attempt's."""
 
+    replaying = True
     unrecorded: Request | None = None
+
+    def __init__(self, agent: Agent[Any], key: str, cause: Metadata, left: Left, like: "ReplayJournal | None") -> None:
+        # One is made for each attempt, so no more is set than a replay needs.
+        self._agent, self._source, self._key, self._cause = agent.name, agent.source, key, cause
+        self.performed = []
+        if like is not None:
+            self._recorded, self._attempt, self._next = like._recorded, like._attempt, like._next
+        elif left.calls:
+            self._load(list(left.calls))
 
     async def ask(self, request: Request, effect_type: Any) -> Any:
         """As the journal's own."""
+        turns = of_thread.loop.owner
+        if isinstance(turns, Turns) and turns.is_alone:
+            # Nothing else can happen before its answer: the handler need not wait for it.
+            name, scope, hashed = effect_type.__name__, request.scope, request.hashed
+            occurrence = 0 if self._occurrences is None else self._occurrences.get((name, scope, hashed), 0)
+            recorded = self._recorded.get((name, scope, hashed, occurrence))
+            if recorded is not None and not recorded.error:
+                self._occurrence(name, scope, hashed)
+                return recorded
         try:
             return await super().ask(request, effect_type)
         finally:
@@ -92,14 +113,8 @@ async def attempt_step(
     ``first`` makes it the second attempt, which is to be held against that one: its outputs are not encoded again.
     """
     guard, metadata = means.guard, envelope.metadata
-    journal = ReplayJournal(
-        agent=agent.name,
-        source=agent.source,
-        key=metadata.subject or key_of(envelope.event),
-        cause=metadata,
-        recorded=left.calls,
-        replaying=True,
-    )
+    key = metadata.subject or key_of(envelope.event)
+    journal = ReplayJournal(agent, key, metadata, left, None if first is None else first.journal)
     attempt = Attempt(journal)
     codec = means.codec if first is None or first.failure is not None else None
     if guard is None:

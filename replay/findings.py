@@ -23,6 +23,9 @@ __all__ = ["Decided", "DecidedStep", "Finding", "FindingKind", "OutputCheck", "S
 NOT_DECIDED: Final = "traceparent"
 """The header that is no part of a decision."""
 
+_SHORT: Final = 256
+_LENGTHS: Final = tuple(size.to_bytes(8) for size in range(_SHORT))
+
 
 def record_hash(topic: str, key: bytes | None, value: bytes | None, headers: Iterable[Header]) -> str:
     """The SHA-256 (hex) of a record as decided: topic, key, value and headers, but for the trace context.
@@ -33,9 +36,11 @@ def record_hash(topic: str, key: bytes | None, value: bytes | None, headers: Ite
     parts = [_prefixed_text(topic), _prefixed(key), _prefixed(value)]
     for name, content in headers:
         if name != NOT_DECIDED:
-            parts.append(_prefixed_text(name))
-            # As _prefixed; most of a record's parts are contents of headers.
-            parts.append(b"-" if content is None else len(content).to_bytes(8) + content)
+            if content is None:
+                parts += (_prefixed_text(name), b"-")
+            else:
+                size = len(content)
+                parts += (_prefixed_text(name), _LENGTHS[size] if size < _SHORT else size.to_bytes(8), content)
     return sha256(b"".join(parts)).hexdigest()
 
 

@@ -21,7 +21,7 @@ from replay.findings import Decided, DecidedStep, Finding, FindingKind, OutputCh
 from replay.lazy import lazily, type_name
 from replay.recorded import agent_of
 from replay.report import Counts
-from replay.spool import read_part
+from replay.spool import read_part, seldom_collecting
 from replay.stretch import Scope, record_of
 from schemas.errors import DecodeError
 from schemas.events import DeadLettered
@@ -89,16 +89,9 @@ def _decide_inherited(path: Path) -> Part:
 def decide_part(path: Path, deciding: Deciding, scope: Scope, on_events: Callable[[int], None]) -> Part:
     """Decide the groups of the part in the file at ``path``; ``on_events`` is told of the records done with."""
     part = Part()
-    # Nearly all that is made here dies by itself; to look for cycles again and again takes a fifth of the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with nullcontext() if deciding.guard is None else deciding.guard.installed():
-            asyncio.run(_decide(path, deciding, scope, part, on_events))
-    finally:
-        if collecting:
-            gc.enable()
-            gc.collect()
+    with seldom_collecting(), nullcontext() if deciding.guard is None else deciding.guard.installed():
+        asyncio.run(_decide(path, deciding, scope, part, on_events))
+    gc.collect()
     return part
 
 

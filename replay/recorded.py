@@ -8,6 +8,7 @@ the first handling's.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from replay.lazy import LazyEnvelope
 from schemas.events import DeadLettered, Effect, StepCancelled, TimerFired
@@ -62,7 +63,7 @@ def version_of(source: str) -> str:
 @frozen
 class Left:
     """What one handling of an event left in the log. ``letter`` is its dead letter, ``cancelled`` its StepCancelled;
-    ``fired`` says that a timer which it set has fired.
+    ``fired`` says that a timer which it set has fired; ``calls`` are the effects' events.
     """
 
     effects: tuple[tuple[Record, Envelope], ...]
@@ -70,11 +71,7 @@ class Left:
     letter: tuple[DeadLettered, Envelope] | None
     cancelled: Envelope | None
     fired: bool = False
-
-    @property
-    def calls(self) -> tuple[Effect, ...]:
-        """The effects' events."""
-        return tuple([item[1].event for item in self.effects])  # type: ignore[misc]
+    calls: tuple[Effect, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -151,7 +148,8 @@ class Recorded:
             effects, outputs = self._mine(step, record, effects, outputs, more)
         if len(effects) > 1:
             effects = sorted(effects, key=_sequence)
-        return Left(tuple(effects), tuple(outputs), letter, self._cancelled.get(step), step in self._fired)
+        calls: Any = tuple([item[1].event for item in effects]) if effects else ()
+        return Left(tuple(effects), tuple(outputs), letter, self._cancelled.get(step), step in self._fired, calls)
 
     def _mine(
         self, step: tuple[str, str], record: Record, effects: History, outputs: History, more: bool

@@ -5,16 +5,18 @@ Out: one part after the other, its groups in order of their hashes, each with it
 came. Parts are ranges of that hash, so the order of all groups does not depend on how many parts there are.
 """
 
+import gc
 import marshal
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
-__all__ = ["Group", "Spool", "group_hash", "read_part"]
+__all__ = ["Group", "Spool", "group_hash", "read_part", "seldom_collecting"]
 
 Group = tuple[bytes, list[Any]]
 """A group's hash and its items."""
@@ -23,6 +25,20 @@ _BLOCK: Final = 64
 _BLOCK_BYTES: Final = 262_144
 _MOST_PARTS: Final = 256
 _LENGTH: Final = struct.Struct("<Q")
+
+
+@contextmanager
+def seldom_collecting() -> Iterator[None]:
+    """Without the garbage collector: what is made of records dies by itself, and to look for cycles among all of them
+    again and again takes a fifth of the time.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def group_hash(name: bytes) -> bytes:

@@ -16,7 +16,7 @@ from replay.findings import record_hash
 from replay.log import Log
 from replay.report import SpanHash
 from replay.selection import Place, Selection, Span
-from replay.spool import Spool, group_hash
+from replay.spool import Spool, group_hash, seldom_collecting
 from replay.steps import Station
 from schemas.codec import Codec
 from schemas.errors import SchemaError
@@ -93,19 +93,20 @@ def read_stretch(
         on_progress("reading", done, total)
 
     add, last, group = spool.add, None, b""
-    for batch in log.read(Selection(spans=spans), on_progress=progress):
-        for record in batch.records:
-            name = route(record)
-            if wanted is not None and name not in wanted:
-                continue
-            if name != last:
-                last, group = name, group_hash(name)
-            topic, partition, offset, at = record.topic, record.partition, record.offset, record.timestamp_ms
-            value = record.value
-            hashed = record_hash(topic, record.key, value, record.headers)
-            hashes[topic, partition].add(offset, at, hashed)
-            item = (topic, partition, offset, at, record.key, value, record.headers, hashed)
-            add(group, item, len(value or b""))
+    with seldom_collecting():
+        for batch in log.read(Selection(spans=spans), on_progress=progress):
+            for record in batch.records:
+                name = route(record)
+                if wanted is not None and name not in wanted:
+                    continue
+                if name != last:
+                    last, group = name, group_hash(name)
+                topic, partition, offset, at = record.topic, record.partition, record.offset, record.timestamp_ms
+                value = record.value
+                hashed = record_hash(topic, record.key, value, record.headers)
+                hashes[topic, partition].add(offset, at, hashed)
+                item = (topic, partition, offset, at, record.key, value, record.headers, hashed)
+                add(group, item, len(value or b""))
     return [hashes[place].of(place, span) for place, span in sorted(spans.items())]
 
 
