@@ -16,7 +16,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 from magnatronic.errors import ClusterError
 from magnatronic.finished import finished_offsets
 from magnatronic.histories import History
-from magnatronic.roles import stations
+from magnatronic.stations import stations
 from replay.archive import ArchiveLog
 from replay.audit import Agreement, audit, verify
 from replay.log import Log

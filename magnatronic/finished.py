@@ -12,7 +12,7 @@ from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaExcep
 from confluent_kafka.admin import AdminClient
 
 from magnatronic.errors import ClusterError
-from magnatronic.roles import AGENT_ROLES
+from magnatronic.stations import AGENT_ROLES
 from replay.finished import Finished
 from replay.selection import Place
 from streams.errors import OffsetMetadataError

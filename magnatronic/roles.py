@@ -11,21 +11,15 @@ from typing import Any, Final
 
 from agents.agent import Agent
 from agents.context import LanguageModel, Ports
-from agents.coordinator import Coordinator
-from agents.decomposer import Decomposer
 from agents.embedder import Embedder
 from agents.memory.chunking import Chunker
-from agents.memory.embedding import BatchingEmbedder, TextEncoder
-from agents.memory.model_files import MODEL, MODEL_SHA256, TokenCounter
-from agents.overseer import Overseer
-from agents.prompts import PROMPTS, Prompts
+from agents.memory.embedding import BatchingEmbedder
+from agents.memory.model_files import TokenCounter
 from agents.providers import create_provider
-from agents.researcher import Researcher
-from agents.retriever import Retriever
 from magnatronic.discovery import make_codec
 from magnatronic.errors import WrongInputError
 from magnatronic.settings import Settings
-from replay.decide import Station
+from magnatronic.stations import AGENT_ROLES, all_agents, make_encoder, stations
 from schemas.codec import Codec
 from schemas.topics import TOPICS
 from sinks.clickhouse.client import ClickHouse
@@ -49,9 +43,6 @@ __all__ = [
     "stations",
 ]
 
-AGENT_ROLES: Final = ("decomposer", "coordinator", "retriever", "researcher", "overseer", "embedder")
-"""Each agent is a role of its own."""
-
 SINK_ROLES: Final = ("sink-clickhouse", "sink-milvus")
 
 MONITOR_ROLE: Final = "monitor"
@@ -59,38 +50,8 @@ MONITOR_ROLE: Final = "monitor"
 ROLES: Final = (*AGENT_ROLES, "agents", *SINK_ROLES, MONITOR_ROLE)
 """What ``magnatronic run`` takes; ``agents`` is all agents in one process."""
 
-_SMALL_MODEL: Final = "all-MiniLM-L6-v2"
 _NEEDS_MEMORY: Final = frozenset({"retriever", "researcher"})
 _NEEDS_EMBEDDING: Final = frozenset({"retriever", "researcher", "overseer", "embedder"})
-
-
-def all_agents(prompts: Prompts = PROMPTS) -> tuple[Agent[Any], ...]:
-    """Every agent that decides on tasks; what a task's replay runs."""
-    return (Decomposer(prompts), Coordinator(prompts), Retriever(prompts), Researcher(prompts), Overseer())
-
-
-def stations(settings: Settings | None = None) -> tuple[Station, ...]:
-    """The agents with the topics that they read: what decides recorded events again. With ``settings`` the Embedder
-    too, which decides by the embedding model's name and version.
-
-    Raises:
-        ModelFileError: the embedding model's files are missing.
-    """
-    agents = all_agents()
-    if settings is not None:
-        agents = (*agents, _embedder(settings.embedding_model))
-    return tuple(Station(agent, frozenset(bind(agent).topics)) for agent in agents)
-
-
-def _embedder(model: str) -> Embedder:
-    if model == _SMALL_MODEL:
-        # Known without loading it: decided again, its vectors are those that were recorded.
-        return Embedder(MODEL, MODEL_SHA256[:12], Chunker(TokenCounter()))
-    encoder = _encoder(model)
-    try:
-        return Embedder(encoder.model, encoder.version, Chunker(TokenCounter()))
-    finally:
-        encoder.close()
 
 
 def instance_name(role: str, number: int) -> str:
@@ -165,7 +126,7 @@ class Workbench:
     def embedding(self) -> BatchingEmbedder:
         """The embedding model that the settings name."""
         if self._embedding is None:
-            self._embedding = BatchingEmbedder(_encoder(self.settings.embedding_model))
+            self._embedding = BatchingEmbedder(make_encoder(self.settings.embedding_model))
             self._closing.callback(self._embedding.close)
         return self._embedding
 
@@ -216,14 +177,3 @@ class Workbench:
     def close(self) -> None:
         """Let go of stores and models, the last made first."""
         self._closing.close()
-
-
-def _encoder(model: str) -> TextEncoder:
-    """all-MiniLM-L6-v2 runs on ONNX without further ado; any other model needs the ``gpu`` extra."""
-    from agents.memory.embedding_onnx import OnnxMiniLm
-
-    if model == _SMALL_MODEL:
-        return OnnxMiniLm()
-    from agents.memory.embedding_torch import TorchEncoder
-
-    return TorchEncoder(model)

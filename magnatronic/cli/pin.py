@@ -63,7 +63,7 @@ def pin(
     import asyncio
 
     from magnatronic.histories import open_history
-    from magnatronic.roles import stations
+    from magnatronic.stations import stations
     from replay.golden import SUFFIX, dump
     from replay.golden import pin as pin_history
 

@@ -144,7 +144,7 @@ def _agent(history: "History", name: str, at: datetime, progress: "Progress") ->
 
 
 def _stations(history: "History", *, with_embedder: bool) -> "tuple[Station, ...]":
-    from magnatronic.roles import stations
+    from magnatronic.stations import stations
 
     return stations(history.settings if with_embedder else None)
 
