@@ -31,6 +31,7 @@ from replay.selection import Selection
 from schemas.codec import Codec
 from schemas.events import Event
 from schemas.topics import key_of
+from streams.interpreter import collecting_seldom
 from streams.kafka import transactional_settings
 
 __all__ = ["measure"]
@@ -178,7 +179,7 @@ def _run(task: _Task) -> _Run:
         return _consume(task)
     codec = Codec()
     pa.array([b""])  # imports pandas, where that is installed
-    with KafkaLog({"bootstrap.servers": task.servers}) as kafka, _Watch() as watch:
+    with KafkaLog({"bootstrap.servers": task.servers}) as kafka, collecting_seldom(), _Watch() as watch:
         if task.how == _WRITTEN:
             assert task.archive is not None
             with Archiver(task.archive, Header("bench", "bench", (task.topic,)), kafka, codec) as archiver:
@@ -231,7 +232,7 @@ def _consume(task: _Task) -> _Run:
         "statistics.interval.ms": 100,
         "stats_cb": heard,
     }
-    with _Watch() as watch:
+    with collecting_seldom(), _Watch() as watch:
         consumer = Consumer(settings)
         consumer.assign([TopicPartition(task.topic, number, 0) for number in range(PARTITIONS)])
         seen = ended = 0

@@ -26,6 +26,7 @@ from schemas.errors import DecodeError
 from schemas.events import LogArchived
 from schemas.metadata import Metadata, deterministic_id
 from schemas.topics import topic_of
+from streams.interpreter import collecting_seldom
 from streams.kafka import producer_settings
 
 __all__ = ["Archiving", "announced_heads", "archive", "cluster_id", "keyless_codec"]
@@ -56,6 +57,7 @@ def archive(found: FoundSystem, what: Archiving, on_progress: Progress | None = 
     codec = keyless_codec(found.settings)
     header = Header(what.name, cluster_id(found), tuple(sorted(what.topics)))
     with (
+        collecting_seldom(),
         KafkaLog(found.kafka) as log,
         Archiver(
             what.folder,
