@@ -2,8 +2,8 @@
 
 In: a broker. Out: figures of audits read from Kafka, each in a process of its own, over histories that processors made:
 events without a call (input, output) and with a recorded one (input, effect, output). Every step is decided twice under
-the guard, and every output is compared byte for byte. A record counts once, whatever it is: what is measured goes from
-the first byte read to the report, reading, hashing and spooling included. An audit that finds anything fails the part.
+the guard, and every output is compared byte for byte. A record counts once, whatever it is. "All" goes from the first
+byte read to the report; "deciding" leaves out reading, hashing and spooling. An audit that finds anything fails the part.
 """
 
 import multiprocessing
@@ -57,11 +57,15 @@ def measure(
     log(f"{many['records']:,.0f} records without calls audited in {many['seconds']:.1f} s")
     slow_events = max(1000, steps // 10)
     slow = _audit(bootstrap_servers, _record(bootstrap_servers, "slow", slow_events, wait_s=CALL_S))
+    kinds = (("a call each", runs), ("no call", [many]))
     return [
-        Figure(PART, "steps with a call each", "records/s", _rates(runs), _note(runs[0])),
-        Figure(PART, "the same, CPU of one core", "µs/record", _cpu(runs), "all of the audit's process"),
-        Figure(PART, "the same in 2 processes", "records/s", _rates(both)),
-        Figure(PART, "steps without a call", "records/s", _rates([many]), _note(many)),
+        *(Figure(PART, f"steps with {kind}, all", "records/s", _rates(made), _note(made[0])) for kind, made in kinds),
+        *(
+            Figure(PART, f"steps with {kind}, deciding", "records/s", _rates(made, "reading_s"), "without reading")
+            for kind, made in kinds
+        ),
+        Figure(PART, "steps with a call each, all, CPU", "µs/record", _cpu(runs), "of the whole process"),
+        Figure(PART, "steps with a call each, all, 2 processes", "records/s", _rates(both)),
         Figure(PART, f"memory over {few['records']:,.0f} records", "MiB", (few["rss"] / _MIB,)),
         Figure(PART, f"memory over {many['records']:,.0f} records", "MiB", (many["rss"] / _MIB,)),
         Figure(
@@ -165,14 +169,15 @@ def _audited(bootstrap_servers: str, recorded: dict[str, Any], jobs: int) -> dic
         "records": report.events,
         "steps": report.steps,
         "seconds": seconds,
+        "reading_s": report.reading_s,
         "cpu_s": cpu_s,
         "span_s": (max(times) - min(times)) / 1000 if times else 0.0,
         "rss": rss,
     }
 
 
-def _rates(runs: list[dict[str, float]]) -> tuple[float, ...]:
-    return tuple(run["records"] / run["seconds"] for run in runs)
+def _rates(runs: list[dict[str, float]], without: str = "") -> tuple[float, ...]:
+    return tuple(run["records"] / (run["seconds"] - (run[without] if without else 0.0)) for run in runs)
 
 
 def _cpu(runs: list[dict[str, float]]) -> tuple[float, ...]:

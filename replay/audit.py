@@ -66,6 +66,7 @@ def audit(
     digest, decided_digest = sha256(), sha256()
     with Spool(sum(end - start for start, end in spans.values()), folder=folder) as spool:
         hashes = read_stretch(log, spans, scope, codec, spool, tell)
+        read = time.monotonic()
         with Spool(spool.items // 100, folder=folder) as loose:
             done = 0
 
@@ -85,6 +86,7 @@ def audit(
     return AuditReport(
         started=started,
         seconds=time.monotonic() - clock,
+        reading_s=read - clock,
         source=source,
         selection=selection,
         code=code_version(station.agent for station in stations),

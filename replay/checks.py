@@ -119,12 +119,12 @@ def _check(
     key = subject.encode()
     name = type(envelope.event).__name__
     recorded_hash = hash_of(record)
-    if (record.key == key and record.topic == topic) and (
-        (record.value == encoded.value and _decided(record.headers) == _decided(encoded.headers))
-        or is_same_by_older_schema(record, was, envelope, encoded)
-    ):
+    same_place = record.key == key and record.topic == topic
+    if same_place and record.value == encoded.value and _decided(record.headers) == _decided(encoded.headers):
         return OutputCheck(name, envelope.metadata.id, topic, recorded_hash, recorded_hash)
     try:
+        if same_place and is_same_by_older_schema(record, was, envelope, encoded):
+            return OutputCheck(name, envelope.metadata.id, topic, recorded_hash, recorded_hash)
         found = _differences(topic, key, envelope, encoded, record, was)
     except DecodeError as error:
         found = [Change("value", f"{len(record.value or b'')} bytes that do not decode: {error}", envelope.event)]
@@ -185,7 +185,10 @@ def output_difference(codec: Codec, topic: str, encoded: Encoded, record: Record
     decided = Record(topic, record.partition, record.offset, record.timestamp_ms, key, *encoded)
     if record_hash(topic, key, *encoded) == record_hash(record.topic, record.key, record.value, record.headers):
         return None
-    found = _differences(topic, key, codec.decode(decided), encoded, record, codec.decode(record))
+    try:
+        found = _differences(topic, key, codec.decode(decided), encoded, record, codec.decode(record))
+    except DecodeError as error:
+        found = [Change("value", str(error), encoded.value)]
     return found[0].path, told(found)
 
 

@@ -10,7 +10,6 @@ outputs. A fired timer must be one that a step decided now has set.
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -98,10 +97,14 @@ class Deciding:
         """See :func:`redecide`; outputs with other keys that are not among ``records`` are in ``sent``."""
         key = KeySteps(self, by_time(records))
         steps = key.plan(self._by_topic)
-        # Whoever decides many keys has installed it for all of them.
-        with nullcontext() if self.guard is None or self.guard.is_installed else self.guard.installed():
+        if self.guard is None or self.guard.is_installed:
+            # Whoever decides many keys has installed it for all of them.
             for step in steps:
                 await key.step(step)
+        else:
+            with self.guard.installed():
+                for step in steps:
+                    await key.step(step)
         strays = tuple(item for item in key.recorded.rest() if agent_of(item[1].metadata.source) in self.agents)
         return Decided(tuple(key.steps), key.states, tuple(key.sent), strays)
 

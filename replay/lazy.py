@@ -4,8 +4,7 @@ In: a record that names itself in its headers. Out: :class:`LazyEnvelope`, which
 the event when it is asked for.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from schemas.codec import Codec
 from schemas.events import EVENT_TYPES, Event
@@ -14,19 +13,18 @@ from schemas.record import Record
 
 __all__ = ["LazyEnvelope", "lazily", "type_name"]
 
-_NEEDED: Final = ("ce_id", "ce_source", "ce_type", "ce_causationid", "ce_correlationid", "ce_dataschema")
+_NAMES: Final = {name.encode(): kind.__name__ for name, kind in EVENT_TYPES.items()}
 
 
 class _Head:
     """As much of an event's metadata as tells what caused it."""
 
-    __slots__ = ("causation_id", "correlation_id", "id", "source")
+    __slots__ = ("causation_id", "id", "source")
 
-    def __init__(self, headers: Mapping[str, bytes]) -> None:
-        self.id = headers["ce_id"].decode()
-        self.source = headers["ce_source"].decode()
-        self.causation_id = headers["ce_causationid"].decode()
-        self.correlation_id = headers["ce_correlationid"].decode()
+    def __init__(self, event_id: bytes, source: bytes, cause: bytes) -> None:
+        self.id = event_id.decode()
+        self.source = source.decode()
+        self.causation_id = cause.decode()
 
 
 class LazyEnvelope(Envelope):
@@ -56,12 +54,13 @@ class LazyEnvelope(Envelope):
 
 def lazily(codec: Codec, record: Record) -> LazyEnvelope | None:
     """The record's envelope, not decoded; None when its headers don't tell enough, or it holds sealed fields."""
-    headers: dict[str, Any] = dict(record.headers)
-    kind = EVENT_TYPES.get((headers.get("ce_type") or b"").decode(errors="replace"))
-    if kind is None or "ce_sealed" in headers or not record.value or not all(map(headers.get, _NEEDED)):
+    headers = dict(record.headers)
+    name = _NAMES.get(headers.get("ce_type") or b"")
+    event_id, source, cause = headers.get("ce_id"), headers.get("ce_source"), headers.get("ce_causationid")
+    if not (name and event_id and source and cause) or "ce_sealed" in headers or "ce_dataschema" not in headers:
         return None
     try:
-        return LazyEnvelope(codec, record, _Head(headers), kind.__name__)
+        return LazyEnvelope(codec, record, _Head(event_id, source, cause), name)
     except UnicodeDecodeError:
         return None
 

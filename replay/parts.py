@@ -33,6 +33,8 @@ __all__ = ["MOST_FINDINGS", "Part", "decide_part", "decide_parts"]
 MOST_FINDINGS: Final = 1000
 """How many findings a report holds; all are counted."""
 
+_TELL_EVERY: Final = 500
+
 
 @dataclass(slots=True)
 class Part:
@@ -98,13 +100,13 @@ def decide_part(path: Path, deciding: Deciding, scope: Scope, on_events: Callabl
 async def _decide(path: Path, deciding: Deciding, scope: Scope, part: Part, on_events: Callable[[int], None]) -> None:
     everything = scope.is_all
     inputs, agents, unread = scope.inputs.takes, scope.selection.agents, scope.unread_topics()
+    untold, codec, decode = 0, deciding.codec, deciding.codec.decode
     for group, items in read_part(path):
         records: list[tuple[Record, Envelope]] = []
         unreadable: list[tuple[Record, DecodeError]] = []
-        decode = deciding.codec.decode
         for item in items:
             record: Record = record_of(item)
-            if record.topic in unread and (lazy := lazily(deciding.codec, record)) is not None:
+            if record.topic in unread and (lazy := lazily(codec, record)) is not None:
                 records.append((record, lazy))
                 continue
             try:
@@ -124,7 +126,11 @@ async def _decide(path: Path, deciding: Deciding, scope: Scope, part: Part, on_e
         for record, problem in unreadable:
             if everything or inputs(record):
                 _unreadable(part, record, problem, records, deciding, scope)
-        on_events(len(items))
+        untold += len(items)
+        if untold >= _TELL_EVERY:
+            on_events(untold)
+            untold = 0
+    on_events(untold)
 
 
 def _sum_up(part: Part, group: bytes, steps: Sequence[DecidedStep]) -> None:
@@ -135,17 +141,25 @@ def _sum_up(part: Part, group: bytes, steps: Sequence[DecidedStep]) -> None:
         counts = part.counts.get(step.agent)
         if counts is None:
             counts = part.counts[step.agent] = Counts()
-        verdict = step.verdict.value
+        verdict = str(step.verdict)
         counts.steps[verdict] = counts.steps.get(verdict, 0) + 1
         counts.effects += len(step.effects)
         counts.outputs += len(step.outputs)
         if step.findings:
             part.note(step.findings)
-        record = step.record
+        record, outputs = step.record, step.outputs
+        if len(outputs) > 1:
+            outputs = tuple(sorted(outputs, key=_id_of))
         place = f"{record.topic} {record.partition} {record.offset:020} {step.agent}"
-        line, decided_line = _line(place, step.outputs)
-        lines.append(line)
-        decided_lines.append(decided_line)
+        lines.append(
+            place + "".join([f" {each.event_id}={each.recorded_hash or '-'}" for each in outputs if not each.gone])
+        )
+        if all(each.recorded_hash is each.redecided_hash for each in outputs):
+            decided_lines.append(lines[-1])
+        else:
+            decided_lines.append(
+                place + "".join([f" {each.event_id}={each.redecided_hash or '-'}" for each in outputs if not each.gone])
+            )
     part.groups += 1
     same = lines == decided_lines
     digest = _digest(lines)
@@ -153,13 +167,8 @@ def _sum_up(part: Part, group: bytes, steps: Sequence[DecidedStep]) -> None:
     part.decided_digests += group + (digest if same else _digest(decided_lines))
 
 
-def _line(place: str, outputs: Sequence[OutputCheck]) -> tuple[str, str]:
-    """A step in the digests: its place, and id and hash of each output in order of the ids; as recorded, as decided."""
-    if len(outputs) > 1:
-        outputs = sorted(outputs, key=lambda output: output.event_id)
-    recorded = [f"{output.event_id}={output.recorded_hash or '-'}" for output in outputs if not output.gone]
-    decided = [f"{output.event_id}={output.redecided_hash or '-'}" for output in outputs if not output.gone]
-    return " ".join((place, *recorded)), " ".join((place, *decided))
+def _id_of(output: OutputCheck) -> str:
+    return output.event_id
 
 
 def _digest(lines: Sequence[str]) -> bytes:

@@ -113,7 +113,8 @@ class Recorded:
             if isinstance(event, Effect):
                 self._effects[event.agent, event.event_id].append((record, envelope))
                 self.first_source.setdefault(event.agent, metadata.source)
-            elif agent := redriven_for(record):
+            elif record.headers and record.headers[-1][0] == REDRIVE_HEADER:
+                agent = redriven_for(record)
                 self._redriven.setdefault((agent, metadata.id), []).append(record.timestamp_ms)
             elif isinstance(event, DeadLettered):
                 place = event.agent, event.source_topic, event.source_partition, event.source_offset

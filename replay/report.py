@@ -91,11 +91,13 @@ class AuditReport:
 
     ``digest`` is over the recorded outputs of all audited steps, ``decided_digest`` over what was decided now in their
     place: the two are equal just when every output is the recorded one. ``findings`` are the first ones in the order of
-    the groups' hashes, ``found`` counts all by kind. ``events`` is how many records were read and decided upon.
+    the groups' hashes, ``found`` counts all by kind. Of the ``seconds`` that it took, ``reading_s`` went into reading,
+    hashing and spooling, the rest into deciding. ``events`` is how many records were read and decided upon.
     """
 
     started: datetime
     seconds: float
+    reading_s: float
     source: str
     selection: Selection
     code: CodeVersion
@@ -139,6 +141,7 @@ class AuditReport:
             "ok": self.ok,
             "started": self.started.isoformat(),
             "seconds": round(self.seconds, 3),
+            "reading_s": round(self.reading_s, 3),
             "source": self.source,
             "selection": selection_as_json(self.selection),
             "code": self.code.as_json(),
@@ -177,6 +180,7 @@ class AuditReport:
             return cls(
                 started=datetime.fromisoformat(said["started"]),
                 seconds=said["seconds"],
+                reading_s=said["reading_s"],
                 source=said["source"],
                 selection=selection_from_json(said["selection"]),
                 code=CodeVersion(**said["code"]),

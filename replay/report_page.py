@@ -119,7 +119,7 @@ def _facts(report: AuditReport) -> Html:
         {
             "selected": selected or "all steps",
             "records read": f"{report.events:,} in {report.groups:,} groups",
-            "took": f"{report.seconds:.1f} s",
+            "took": f"{report.seconds:.1f} s, of which reading {report.reading_s:.1f} s",
             "digest of recorded outputs": report.digest,
             "digest of outputs decided again": report.decided_digest,
             "Magnatronic": report.code.package,
