@@ -16,60 +16,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from confluent_kafka import (
-    OFFSET_BEGINNING,
-    Consumer,
-    IsolationLevel,
-    KafkaError,
-    KafkaException,
-    Message,
-    TopicPartition,
-)
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from schemas.errors import UnavailableError
 from schemas.record import Record
 from sinks.decoding import Decoder, decoded
 from sinks.errors import HistoryLostError, LogError, ReplacedError, SinkError
+from sinks.kafka_reading import LogEnds, Place, cannot_read, consumer_settings, read_from, stays
+from sinks.pending import Pending
 from sinks.sink import Sink, SinkRecord
 
 __all__ = ["SinkRunner"]
 
 _log = logging.getLogger(__name__)
 
-Place = tuple[str, int]
-
-_CONSUMER: Final[Mapping[str, Any]] = {
-    "enable.auto.commit": False,
-    # The store's offset decides where to start; one that the log doesn't hold must be noticed, not jumped over.
-    "auto.offset.reset": "error",
-    "isolation.level": "read_committed",
-    "enable.partition.eof": True,
-    "partition.assignment.strategy": "cooperative-sticky",
-    "max.poll.interval.ms": 600_000,
-    # One of several consumers in a process: the defaults would let each hold 64 MiB.
-    "queued.max.messages.kbytes": 8_192,
-    "queued.min.messages": 10_000,
-    "fetch.max.bytes": 8_388_608,
-    "fetch.wait.max.ms": 100,
-    "fetch.error.backoff.ms": 50,
-    # A full queue is looked at again after a second by default.
-    "fetch.queue.backoff.ms": 10,
-    "retry.backoff.ms": 10,
-}
-
 _ENDS_BACKOFF_S: Final = 0.1
 _BACKLOG_S: Final = 1.0
-
-_NO_RIGHT: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED})
-_STAYS: Final = frozenset(
-    {
-        *_NO_RIGHT,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError._INVALID_ARG,
-    }
-)
-"""Errors of the cluster that trying again does not mend. A refused login is none: clusters in trouble refuse some."""
 
 
 class SinkRunner:
@@ -119,15 +81,11 @@ class SinkRunner:
         self._records = 0
         self._backlog = 0
         self._trouble: tuple[float, str] | None = None
-        self._admin: AdminClient | None = None
+        self._ends = LogEnds(kafka)
         self._writing = threading.Lock()
         # The rest belongs to the runner's thread.
         self._consumer: Consumer | None = None
-        self._batch: list[SinkRecord] = []
-        self._bytes = 0
-        self._moved: dict[Place, int] = {}
-        self._since = 0.0
-        self._average = 1_000.0
+        self._pending = Pending()
         self._holding = False
         self._replaced = False
         self._looked_at = 0.0
@@ -200,7 +158,7 @@ class SinkRunner:
             assigned = self._assigned
         if assigned is None:
             return None
-        ends = self._ends(assigned)
+        ends = self._ends.of(assigned)
         with self._changed:
             return {place: max(0, end - self._written.get(place, 0)) for place, end in ends.items()}
 
@@ -261,29 +219,13 @@ class SinkRunner:
                 self._changed.wait(min(left, 0.5))
 
     def _ends_by(self, deadline: float, places: frozenset[Place]) -> dict[Place, int]:
-        """As :meth:`_ends`; a topic's leader may be away for a moment."""
+        """Where ``places`` end; a topic's leader may be away for a moment."""
         while True:
             try:
-                return self._ends(places)
+                return self._ends.of(places)
             except LogError:
                 if time.monotonic() >= deadline or self._stopping.wait(_ENDS_BACKOFF_S):
                     raise
-
-    def _ends(self, places: frozenset[Place]) -> dict[Place, int]:
-        if not places:
-            return {}
-        if self._admin is None:
-            self._admin = AdminClient(self._kafka)
-        latest = OffsetSpec.latest()
-        try:
-            futures = self._admin.list_offsets(
-                {TopicPartition(topic, partition): latest for topic, partition in places},
-                isolation_level=IsolationLevel.READ_UNCOMMITTED,
-                request_timeout=10,
-            )
-            return {(at.topic, at.partition): int(future.result().offset) for at, future in futures.items()}
-        except KafkaException as error:
-            raise LogError(f"the ends of the topics can't be read: {error.args[0].str()}", retryable=True) from error
 
     # The runner's thread
 
@@ -294,7 +236,7 @@ class SinkRunner:
             opened = True
             if self._stopping.is_set():
                 return
-            self._consumer = Consumer(self._settings(), logger=_log)
+            self._consumer = Consumer(consumer_settings(self._kafka, self.group, self._instance), logger=_log)
             self._consumer.subscribe(
                 list(self.sink.topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
@@ -334,35 +276,24 @@ class SinkRunner:
         if self._on_error is not None:
             self._on_error(error)
 
-    def _settings(self) -> dict[str, Any]:
-        settings = {**self._kafka, **_CONSUMER, "group.id": self.group, "client.id": self.group}
-        if self._instance is not None:
-            settings["group.instance.id"] = f"{self.group}-{self._instance}"
-        return settings
-
     def _patience(self) -> float:
         """How long to wait for records: a waiting caller is not kept, an idle runner does not spin."""
-        return 0.02 if self._hurried or self._moved else 0.1
+        return 0.02 if self._hurried or self._pending.moved else 0.1
 
     def _due(self) -> bool:
-        if not self._moved:
-            return False
-        return (
-            len(self._batch) >= self._batch_size
-            or self._bytes >= self._batch_bytes
-            or time.monotonic() - self._since >= (0.02 if self._hurried else self._linger_s)
-        )
+        linger_s = 0.02 if self._hurried else self._linger_s
+        return self._pending.due(self._batch_size, self._batch_bytes, linger_s)
 
     def _poll(self, wait_s: float) -> list[Message]:
         """Some messages. Few at a time where they are large, since all of them are in memory at once."""
         assert self._consumer is not None
-        at_most = max(1, min(1_000, int(self._batch_bytes / self._average)))
+        at_most = max(1, min(1_000, int(self._batch_bytes / self._pending.record_bytes)))
         try:
             return list(self._consumer.consume(at_most, wait_s))
         except KafkaException as error:
             cause = error.args[0]
-            if cause.fatal() or cause.code() in _STAYS:
-                raise self._cannot_read("its topics", cause) from error
+            if stays(cause):
+                raise cannot_read(self.sink.name, self.group, "its topics", cause) from error
             _log.warning("sink %s: %s", self.sink.name, cause.str())
             return []
 
@@ -374,33 +305,22 @@ class SinkRunner:
                 if self._assigned is None or place not in self._assigned:
                     continue  # revoked while it was on its way
                 record = Record.from_message(message)
-                size = len(record.value or b"") + len(record.key or b"") + 200
-                self._average += (size - self._average) / 100 if size < self._average else (size - self._average) / 4
-                self._batch.append(self._decoded(record))
-                self._bytes += size
+                self._pending.add(self._decoded(record))
                 self._move(place, record.offset + 1)
             elif failure.code() == KafkaError._PARTITION_EOF:
                 self._move(place, message.offset() or 0)
             elif failure.code() == KafkaError._AUTO_OFFSET_RESET:
                 self._out_of_range(place)
-            elif failure.fatal() or failure.code() in _STAYS:
-                raise self._cannot_read(message.topic() or "its topics", failure)
+            elif stays(failure):
+                raise cannot_read(self.sink.name, self.group, message.topic() or "its topics", failure)
             else:
                 _log.warning("sink %s: %s", self.sink.name, failure.str())
-
-    def _cannot_read(self, what: str, error: KafkaError) -> LogError:
-        said = f"sink {self.sink.name} can't read {what}: {error.str()}"
-        if error.code() in _NO_RIGHT:
-            said += f"; its user needs READ on its topics and on group {self.group} (docs/security.md); nothing is lost"
-        return LogError(said)
 
     def _move(self, place: Place, position: int) -> None:
         if self._assigned is None or place not in self._assigned:
             return
         if position > self._position(place):
-            if not self._moved:
-                self._since = time.monotonic()
-            self._moved[place] = position
+            self._pending.move(place, position)
 
     def _decoded(self, record: Record) -> SinkRecord:
         while True:
@@ -416,7 +336,7 @@ class SinkRunner:
         """Write what was read: the data and the store's offsets, then the group's, which serve monitoring only."""
         if self._replaced:
             self._start_over()
-        if not self._moved:
+        if not self._pending.moved:
             return
         # What is written is looked up at each try: while a store is down, partitions can be taken away.
         try:
@@ -425,9 +345,8 @@ class SinkRunner:
             _log.info("sink %s: %s", self.sink.name, error)
             self._start_over()
             return
-        moved, self._moved = self._moved, {}
-        count = len(self._batch)
-        self._batch, self._bytes = [], 0
+        moved, count = self._pending.moved, len(self._pending.records)
+        self._pending.clear()
         with self._changed:
             self._written.update(moved)
             self._records += count
@@ -442,9 +361,9 @@ class SinkRunner:
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            self.sink.write(self._batch, dict(self._moved))
+            self.sink.write(self._pending.records, dict(self._pending.moved))
         if self._on_batch is not None:
-            self._on_batch(len(self._batch), time.monotonic() - started)
+            self._on_batch(len(self._pending.records), time.monotonic() - started)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -478,11 +397,11 @@ class SinkRunner:
 
         self._patiently(ask)
         self._replaced = False
-        self._batch, self._bytes, self._moved = [], 0, {}
+        self._pending.clear()
         with self._changed:
             self._written = {place: stored.get(place, 0) for place in self._assigned or ()}
             self._changed.notify_all()
-        self._read_from(self._written)
+        read_from(self._consumer, self._written)
 
     def _patiently(self, work: Callable[[], None]) -> None:
         """Do ``work``, again and again while its errors say that this may help, keeping the place in the group."""
@@ -505,8 +424,9 @@ class SinkRunner:
             if self._consumer is not None:
                 assignment = self._consumer.assignment()
                 self._consumer.resume(assignment)
-                self._read_from(
-                    {(at.topic, at.partition): self._position((at.topic, at.partition)) for at in assignment}
+                read_from(
+                    self._consumer,
+                    {(at.topic, at.partition): self._position((at.topic, at.partition)) for at in assignment},
                 )
 
     def _hold(self, seconds: float) -> None:
@@ -558,7 +478,7 @@ class SinkRunner:
             self._changed.notify_all()
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        if not self._stopping.is_set() and not self._holding and self._moved and not self._replaced:
+        if not self._stopping.is_set() and not self._holding and self._pending.moved and not self._replaced:
             try:
                 self._flush_once()
             except SinkError as error:
@@ -568,15 +488,14 @@ class SinkRunner:
     def _flush_once(self) -> None:
         self._write()
         with self._changed:
-            self._written.update(self._moved)
-            self._records += len(self._batch)
-        self._batch, self._bytes, self._moved = [], 0, {}
+            self._written.update(self._pending.moved)
+            self._records += len(self._pending.records)
+        self._pending.clear()
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Forget what was read of ``partitions``; whoever has them next starts where the store stands."""
         gone = {(at.topic, at.partition) for at in partitions}
-        self._batch = [item for item in self._batch if (item.record.topic, item.record.partition) not in gone]
-        self._moved = {place: offset for place, offset in self._moved.items() if place not in gone}
+        self._pending.drop(gone)
         with self._changed:
             # None where nothing is left: a member that lost all it had can't say that it has seen it all.
             self._assigned = ((self._assigned or frozenset()) - gone) or None
@@ -587,22 +506,7 @@ class SinkRunner:
             consumer.incremental_unassign(partitions)
 
     def _position(self, place: Place) -> int:
-        return self._moved.get(place, self._written.get(place, 0))
-
-    def _read_from(self, positions: Mapping[Place, int]) -> None:
-        """Go on reading at ``positions``.
-
-        seek() is refused for a partition whose offset was out of range, and resume() alone goes wrong: librdkafka
-        counts an end-of-partition event as a record, so that after one it would go on one record too far.
-        """
-        assert self._consumer is not None
-        self._consumer.incremental_unassign([TopicPartition(topic, partition) for topic, partition in positions])
-        self._consumer.incremental_assign(
-            [
-                TopicPartition(topic, partition, position or OFFSET_BEGINNING)
-                for (topic, partition), position in positions.items()
-            ]
-        )
+        return self._pending.moved.get(place, self._written.get(place, 0))
 
     def _out_of_range(self, place: Place) -> None:
         """The log does not hold the offset: retention went past it, or this is another log than the store saw."""
@@ -623,4 +527,4 @@ class SinkRunner:
                 "sink %s: %s[%d] begins at offset %d, the store stands at %d: retention removed what lies between",
                 *(self.sink.name, topic, partition, low, position),
             )
-        self._read_from({place: max(low, position)})
+        read_from(self._consumer, {place: max(low, position)})
