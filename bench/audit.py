@@ -3,7 +3,8 @@
 In: a broker. Out: figures of audits read from Kafka, each in a process of its own, over histories that processors made:
 events without a call (input, output) and with a recorded one (input, effect, output). Every step is decided twice under
 the guard, and every output is compared byte for byte. A record counts once, whatever it is. "All" goes from the first
-byte read to the report; "deciding" leaves out reading, hashing and spooling. An audit that finds anything fails the part.
+byte read to the report, "deciding" leaves out reading, hashing and spooling. An audit that finds anything fails the
+part.
 """
 
 import multiprocessing
