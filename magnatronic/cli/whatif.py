@@ -5,7 +5,9 @@ JSON, and a report page in the what-if's folder. Ends with 0 when every task was
 the budget ended it.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +27,7 @@ __all__ = ["what_if"]
 
 _PROVIDERS: Final = ("extractive", "openai", "anthropic", "google")
 _LISTED: Final = 20
+_FRESH: Final = timedelta(minutes=5)
 
 
 @click.command()
@@ -166,13 +169,15 @@ def _print(done: "WhatIf", out: Output) -> None:
     for name, shown in _MEASURES.items():
         rows.append((shown, sums.before.get(name), sums.after.get(name)))  # type: ignore[arg-type]
     out.table(("of those carried through", "before", "after"), rows)
-    differing = [result for result in report.results if result.first is not None or result.why or result.would]
-    if differing:
-        out.table(
-            ("task", "", "first difference", "outcome", "grounded"), [_row(result) for result in differing[:_LISTED]]
-        )
-    if len(differing) > _LISTED:
-        out.console.print(f"and {len(differing) - _LISTED} more")
+    first = Counter(_difference(result) for result in report.results if result.first is not None)
+    if first:
+        out.table(("tasks", "differ first in"), [(count, told) for told, count in first.most_common(_LISTED)])
+        out.console.print(f"{sums.decisions_differ} decide otherwise, {sums.outcomes_differ} end otherwise")
+    told = [result for result in report.results if result.ended_otherwise or result.why]
+    if told:
+        out.table(("task", "", "outcome", "groundedness", ""), [_row(result) for result in told[:_LISTED]])
+    if len(told) > _LISTED:
+        out.console.print(f"and {len(told) - _LISTED} more")
     _print_calls(done, out)
 
 
@@ -196,9 +201,9 @@ def _print_calls(done: "WhatIf", out: Output) -> None:
     )
     if not report.complete:
         out.console.print(f"The budget ended it: {report.exhausted}. Run it again with more to go on.", markup=False)
-    if report.manifest["arguments"]["since"] or report.manifest["arguments"]["until"]:
-        begun = report.manifest["begun"]
-        out.console.print(f"The tasks are those of {begun}, when this what-if was begun; --id NAME begins another.")
+    begun = datetime.fromisoformat(report.manifest["begun"])
+    if datetime.now(UTC) - begun > _FRESH:
+        out.console.print(f"The tasks are those of {begun:%Y-%m-%d %H:%M} UTC, when it was begun; --id begins another.")
     if report.manifest["unknown"]:
         out.console.print(f"not in the log: {', '.join(report.manifest['unknown'])}", markup=False)
     if report.manifest["open"]:
@@ -206,17 +211,22 @@ def _print_calls(done: "WhatIf", out: Output) -> None:
     out.console.print(f"side by side: {done.folder / 'report.html'}", markup=False)
 
 
-def _row(result: "TaskResult") -> tuple[Any, ...]:
+def _difference(result: "TaskResult") -> str:
     first = result.first
-    differs = result.why
-    if first is not None:
-        differs = f"{first.agent} {first.kind}: {first.what}{f'.{first.field}' if first.field else ''}"
-    elif result.would:
-        differs = f"{result.would[0]['agent']} {result.would[0]['would']}"
+    assert first is not None
+    return f"{first.agent} {first.kind}: {first.what}{f'.{first.field}' if first.field else ''}"
+
+
+def _row(result: "TaskResult") -> tuple[Any, ...]:
     before, after = result.before.outcome, result.after.outcome or "none"
-    outcome = before if before == after else f"{before} -> {after}"
     grounds = [_share(side.groundedness) for side in (result.before, result.after)]
-    return result.task_id, result.status.value, differs, outcome, " -> ".join(dict.fromkeys(grounds))
+    why = result.why
+    if not why and result.would:
+        why = f"{result.would[0]['agent']} {result.would[0]['would']}"
+    elif not why and result.decided is not None:
+        why = f"{result.decided.agent} {result.decided.kind}"
+    outcome = before if before == after else f"{before} -> {after}"
+    return result.task_id, result.status.value, outcome, " -> ".join(dict.fromkeys(grounds)), why
 
 
 def _share(value: float | None) -> str:

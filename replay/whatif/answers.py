@@ -41,7 +41,7 @@ class Would(StrEnum):
     EMBED = "would embed"
     RUN = "would run"
     QUERY = "would query"
-    SPEND = "would spend"
+    SPEND = "would call over budget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class TaskAnswers:
         changes, ports = self._all.changes, self._all.ports
 
         def told(would: Would, why: str) -> Stop:
-            return Stop(would, caller.agent, caller.cause.id, want.kind, want.text, why)
+            return self._stop(would, caller, want, why)
 
         match want.kind:
             case "LlmCalled":
@@ -141,24 +141,27 @@ class TaskAnswers:
                 return told(Would.QUERY, "no answer to this was recorded in the task")
         return None
 
+    @staticmethod
+    def _stop(would: Would, caller: Caller, want: Want, why: str) -> Stop:
+        return Stop(would, caller.agent, caller.cause.id, want.kind, want.text, why)
+
     async def make(self, caller: Caller, want: Want) -> Kept | Stop:
         """Make the call, and have its result on disk."""
         if self._all.changes.gone(want.kind, want.text):
             return Kept(-1, self._refused(caller, want))
-        async with self._all.slots:
-            reserved = (0, 0.0)
-            if want.kind == "LlmCalled":
-                reserved = self._all.estimate(LlmRequest.model_validate_json(want.text))
-                if not self._all.budget.reserve(*reserved):
-                    return Stop(
-                        Would.SPEND, caller.agent, caller.cause.id, want.kind, want.text, self._all.budget.exhausted
-                    )
-            spent = (0, 0.0)
-            try:
+        reserved = None
+        if want.kind == "LlmCalled":
+            reserved = self._all.estimate(LlmRequest.model_validate_json(want.text))
+            if not await self._all.budget.reserve(*reserved):
+                return self._stop(Would.SPEND, caller, want, self._all.budget.exhausted)
+        spent = (0, 0.0)
+        try:
+            async with self._all.slots:
                 made = await self._perform(caller, want)
-                if isinstance(made.event, LlmCalled):
-                    spent = made.event.prompt_tokens + made.event.completion_tokens, made.event.cost_usd
-            finally:
+            if isinstance(made.event, LlmCalled):
+                spent = made.event.prompt_tokens + made.event.completion_tokens, made.event.cost_usd
+        finally:
+            if reserved is not None:
                 self._all.budget.settle(reserved, *spent)
         return await self._all.calls.keep(caller.key(self._past.task_id, want), made)
 

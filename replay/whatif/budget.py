@@ -4,8 +4,8 @@ In: limits, and what was spent before. Out: whether a call may be made. A call i
 over a limit, by an estimate that is on the high side; from then on no call is made, so that the end is a clean one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Sequence
 
 from agents.ports import LlmRequest
 
@@ -25,35 +25,45 @@ def tokens_of(request: LlmRequest) -> tuple[int, int]:
     return sum(len(text) for text in texts) // _CHARS_A_TOKEN + 1, request.max_tokens
 
 
-@dataclass
 class Budget:
     """Limits (None: none) and sums. ``exhausted`` says in words which limit the next call would have gone over."""
 
-    max_tokens: int | None = None
-    max_usd: float | None = None
-    tokens: int = 0
-    usd: float = 0.0
-    exhausted: str = ""
-    _reserved_tokens: int = 0
-    _reserved_usd: float = 0.0
+    def __init__(self, max_tokens: int | None = None, max_usd: float | None = None) -> None:
+        self._max_tokens, self._max_usd = max_tokens, max_usd
+        self.tokens, self.usd = 0, 0.0
+        self.exhausted = ""
+        self._reserved: list[tuple[int, float]] = []
+        self._settled = asyncio.Event()
 
-    def reserve(self, tokens: int, usd: float) -> bool:
-        """Set aside what a call may take; False when it is not to be made."""
-        if self.exhausted:
-            return False
-        after_tokens, after_usd = self.tokens + self._reserved_tokens + tokens, self.usd + self._reserved_usd + usd
-        if self.max_tokens is not None and after_tokens > self.max_tokens:
-            self.exhausted = f"the next call could take it to {after_tokens:,} tokens, over {self.max_tokens:,}"
-        elif self.max_usd is not None and after_usd > self.max_usd:
-            self.exhausted = f"the next call could take it to ${after_usd:.4f}, over ${self.max_usd:.4f}"
-        else:
-            self._reserved_tokens += tokens
-            self._reserved_usd += usd
-        return not self.exhausted
+    async def reserve(self, tokens: int, usd: float) -> bool:
+        """Set aside what a call may take; False when it is not to be made.
+
+        Where only the calls under way stand in its way it waits for them: they hardly ever take all that they may.
+        """
+        while not self.exhausted:
+            told = self._over(tokens, usd, self._reserved)
+            if not told:
+                self._reserved.append((tokens, usd))
+                return True
+            if not self._reserved:
+                self.exhausted = told
+                break
+            self._settled.clear()
+            await self._settled.wait()
+        return False
+
+    def _over(self, tokens: int, usd: float, under_way: Sequence[tuple[int, float]]) -> str:
+        after_tokens = self.tokens + tokens + sum(each[0] for each in under_way)
+        after_usd = self.usd + usd + sum(each[1] for each in under_way)
+        if self._max_tokens is not None and after_tokens > self._max_tokens:
+            return f"the next call could take it to {after_tokens:,} tokens, over {self._max_tokens:,}"
+        if self._max_usd is not None and after_usd > self._max_usd:
+            return f"the next call could take it to ${after_usd:.4f}, over ${self._max_usd:.4f}"
+        return ""
 
     def settle(self, reserved: tuple[int, float], tokens: int, usd: float) -> None:
         """Count what a call took, in place of what was reserved for it."""
-        self._reserved_tokens -= reserved[0]
-        self._reserved_usd -= reserved[1]
+        self._reserved.remove(reserved)
         self.tokens += tokens
         self.usd += usd
+        self._settled.set()

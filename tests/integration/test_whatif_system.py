@@ -170,3 +170,15 @@ def test_what_can_t_be_met_is_said(system: "SystemForTests", tasks: list[str], t
         "--task", tasks[0], "--ask", "openai", "--base-url", "http://127.0.0.1:9", "--model", "mine", "--max-usd", "1"
     )
     assert "is no time" in refused("--since", "yesterday")
+
+
+def test_an_archive_is_history_as_good_as_the_log(system: "SystemForTests", tasks: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "archive"
+    archived = system.run("archive", "--to", str(folder), "--json")
+    assert archived.returncode == 0, archived.stderr
+    from_log = what_if(system, tasks, "--temperature", "0.5", "--ask", "extractive", "--id", "log")
+    from_archive = what_if(
+        system, tasks, "--temperature", "0.5", "--ask", "extractive", "--id", "archive", "--from", str(folder)
+    )
+    assert from_archive["totals"]["by_status"] == from_log["totals"]["by_status"] == {"diverged": 3, "same": 1}
+    assert [task["digest"] for task in from_archive["tasks"]] == [task["digest"] for task in from_log["tasks"]]
