@@ -99,12 +99,14 @@ def audit(
         decided_digest=decided_digest.hexdigest(),
         findings=total.findings,
         found=dict(total.found),
+        others=dict(sorted(total.others.items())),
     )
 
 
 def _add(total: Part, part: Part) -> None:
     total.events += part.events
     total.groups += part.groups
+    total.others += part.others
     for agent, counts in part.counts.items():
         total.counts.setdefault(agent, Counts()).add(counts)
     kept = total.found.copy()

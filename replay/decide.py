@@ -9,6 +9,7 @@ outputs. A fired timer must be one that a step decided now has set.
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol
@@ -105,8 +106,13 @@ class Deciding:
             with self.guard.installed():
                 for step in steps:
                     await key.step(step)
-        strays = tuple(item for item in key.recorded.rest() if agent_of(item[1].metadata.source) in self.agents)
-        return Decided(tuple(key.steps), key.states, tuple(key.sent), strays)
+        rest = key.recorded.rest()
+        if not rest:
+            return Decided(tuple(key.steps), key.states, tuple(key.sent))
+        sources = [agent_of(envelope.metadata.source) for _, envelope in rest]
+        strays = tuple(item for item, agent in zip(rest, sources, strict=True) if agent in self.agents)
+        others = Counter(agent for agent in sources if agent not in self.agents)
+        return Decided(tuple(key.steps), key.states, tuple(key.sent), strays, others)
 
     def version(self, agent: Agent[Any], source: str) -> Agent[Any]:
         """The agent that makes the decisions of ``source``, under that name: a new version is no difference."""

@@ -5,7 +5,7 @@ plain, immutable records. :func:`record_hash` is the one definition of a record'
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
 from enum import StrEnum
 from functools import lru_cache
 from hashlib import sha256
@@ -190,13 +190,15 @@ class Decided:
     """All steps of some records in the order of the log, and the states that they left.
 
     ``states`` are by (agent, topic, partition, lane). ``sent`` are outputs with other keys that have to be looked for
-    elsewhere; ``strays`` outputs and effects of the agents that no step has caused.
+    elsewhere; ``strays`` outputs and effects of the agents that no step has caused. ``others``
+    counts what agents left that are not among those that decide here.
     """
 
     steps: tuple[DecidedStep, ...]
     states: Mapping[tuple[str, str, int, str], LaneState | None]
     sent: tuple[Sent, ...] = ()
     strays: tuple[tuple[Record, Envelope], ...] = ()
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

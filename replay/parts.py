@@ -39,7 +39,8 @@ _TELL_EVERY: Final = 500
 @dataclass(slots=True)
 class Part:
     """What deciding a part showed. ``digests`` and ``decided_digests`` are hash and digest of each group (64 bytes),
-    ``loose`` outputs whose cause or record other groups hold, by event id.
+    ``loose`` outputs whose cause or record other groups hold, by event id. ``others`` counts outputs and effects of
+    agents that are not audited.
     """
 
     events: int = 0
@@ -49,6 +50,7 @@ class Part:
     decided_digests: bytearray = field(default_factory=bytearray)
     findings: list[Finding] = field(default_factory=list)
     found: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
     loose: list[tuple[bytes, Any]] = field(default_factory=list)
 
     def note(self, findings: Sequence[Finding]) -> None:
@@ -120,6 +122,8 @@ async def _decide(path: Path, deciding: Deciding, scope: Scope, part: Part, on_e
             steps = tuple(step for step, is_meant in zip(steps, meant, strict=True) if is_meant)
         _sum_up(part, group, steps)
         part.events += len(items)
+        if decided.others and everything:
+            part.others.update(decided.others)
         if decided.sent or decided.strays:
             known = {envelope.metadata.id for _, envelope in records}
             _loose_ends(part, decided, meant, deciding, known, all_=everything)

@@ -92,7 +92,8 @@ class AuditReport:
     ``digest`` is over the recorded outputs of all audited steps, ``decided_digest`` over what was decided now in their
     place: the two are equal just when every output is the recorded one. ``findings`` are the first ones in the order of
     the groups' hashes, ``found`` counts all by kind. Of the ``seconds`` that it took, ``reading_s`` went into reading,
-    hashing and spooling, the rest into deciding. ``events`` is how many records were read and decided upon.
+    hashing and spooling, the rest into deciding. ``others`` counts outputs and effects of agents that are not known
+    here, and so not audited (when everything is). ``events`` is how many records were read and decided upon.
     """
 
     started: datetime
@@ -110,6 +111,7 @@ class AuditReport:
     decided_digest: str
     findings: list[Finding]
     found: dict[str, int]
+    others: dict[str, int]
 
     @property
     def ok(self) -> bool:
@@ -157,6 +159,7 @@ class AuditReport:
             "digest": self.digest,
             "decided_digest": self.decided_digest,
             "found": self.found,
+            "others": self.others,
             "findings": [finding.as_dict() for finding in self.findings],
             "spans": [span.as_json() for span in self.spans],
             "finished": {agent: finished.as_json() for agent, finished in sorted(self.finished.items())},
@@ -196,6 +199,7 @@ class AuditReport:
                 decided_digest=said["decided_digest"],
                 findings=[_finding(each) for each in said["findings"]],
                 found=said["found"],
+                others=said["others"],
             )
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ReportError(f"this is no audit report ({type(error).__name__}: {error})") from error

@@ -118,6 +118,7 @@ def _facts(report: AuditReport) -> Html:
     return facts(
         {
             "selected": selected or "all steps",
+            "not known here, not audited": ", ".join(f"{agent} ({count:,})" for agent, count in report.others.items()),
             "records read": f"{report.events:,} in {report.groups:,} groups",
             "took": f"{report.seconds:.1f} s, of which reading {report.reading_s:.1f} s",
             "digest of recorded outputs": report.digest,

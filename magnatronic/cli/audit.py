@@ -143,6 +143,8 @@ def print_report(report: "AuditReport", out: Output) -> None:
             for agent, counts in sorted(report.counts.items())
         ],
     )
+    for agent, count in report.others.items():
+        out.console.print(f"{agent} is not known here: {count:,} of its outputs and effects are not audited")
     for finding in report.findings[:_SHOWN]:
         _print_finding(finding, out)
     if (more := sum(report.found.values()) - min(len(report.findings), _SHOWN)) > 0:

@@ -168,6 +168,13 @@ def test_what_a_topic_no_longer_keeps_is_no_finding(days: int, found: dict[str, 
     assert audited(log, 1).found == found
 
 
+def test_agents_that_are_not_known_here_are_told_of() -> None:
+    log = history(submitted("a"))
+    other = Station(type("Other", (Broadcaster,), {"name": "other"})(), frozenset({"tasks.high"}))
+    report = audit(log, stations=(other,), codec=CODEC)
+    assert (report.steps, report.found, report.others) == (0, {}, {"broadcaster": 1})
+
+
 def test_parts_are_decided_in_processes_side_by_side() -> None:
     log = history(*(submitted(f"task-{number}", other=f"task-{number + 1}") for number in range(60)))
     alone = audited(log, 60)
