@@ -229,6 +229,7 @@ def _consume(task: _Task) -> _Run:
         "isolation.level": "read_committed",
         "enable.partition.eof": True,
         "fetch.queue.backoff.ms": 5,
+        "fetch.wait.max.ms": 50,
         "statistics.interval.ms": 100,
         "stats_cb": heard,
     }
@@ -237,7 +238,8 @@ def _consume(task: _Task) -> _Run:
         consumer.assign([TopicPartition(task.topic, number, 0) for number in range(PARTITIONS)])
         seen = ended = 0
         while ended < PARTITIONS:
-            messages = consumer.consume(1000, timeout=0.1)
+            first = consumer.poll(0.1)
+            messages = [] if first is None else [first, *consumer.consume(1000, timeout=0)]
             failed = sum(message.error() is not None for message in messages)
             seen, ended = seen + len(messages) - failed, ended + failed
         run = watch.run(seen)
