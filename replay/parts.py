@@ -9,7 +9,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from multiprocessing import get_context
@@ -66,9 +66,10 @@ def decide_parts(
 ) -> Iterator[Part]:
     """Decide parts, in their order, in ``jobs`` processes side by side; each part's file is deleted."""
     if jobs == 1 or len(paths) < 2:
-        for path in paths:
-            yield decide_part(path, deciding, scope, on_events)
-            path.unlink()
+        with watching(deciding):
+            for path in paths:
+                yield decide_part(path, deciding, scope, on_events)
+                path.unlink()
         return
     # Forked, so that they have the agents as they are; they do nothing but decide.
     _inherited.append((deciding, scope))
@@ -79,6 +80,16 @@ def decide_parts(
                 yield part
     finally:
         _inherited.pop()
+
+
+@contextmanager
+def watching(deciding: Deciding) -> Iterator[None]:
+    """With the guard installed, if there is one: for many parts at once, as it looks through all loaded modules."""
+    if deciding.guard is None:
+        yield
+        return
+    with deciding.guard.installed():
+        yield
 
 
 _inherited: Final[list[tuple[Deciding, Scope]]] = []
@@ -93,7 +104,7 @@ def _decide_inherited(path: Path) -> Part:
 def decide_part(path: Path, deciding: Deciding, scope: Scope, on_events: Callable[[int], None]) -> Part:
     """Decide the groups of the part in the file at ``path``; ``on_events`` is told of the records done with."""
     part = Part()
-    with seldom_collecting(), nullcontext() if deciding.guard is None else deciding.guard.installed():
+    with seldom_collecting(), watching(deciding):
         asyncio.run(_decide(path, deciding, scope, part, on_events))
     gc.collect()
     return part
