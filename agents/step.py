@@ -141,12 +141,19 @@ def failure_of(error: BaseException) -> Failure:
 class Running:
     """A step whose handler waits."""
 
-    __slots__ = ("_agent", "_ctx", "_envelope", "_state", "_turns")
+    __slots__ = ("_agent", "_ctx", "_envelope", "_journal", "_state", "_turns")
 
     def __init__(
-        self, agent: Agent[Any], envelope: Envelope, ctx: Context[Any], state: LaneState | None, turns: Turns
+        self,
+        agent: Agent[Any],
+        envelope: Envelope,
+        ctx: Context[Any],
+        journal: Journal,
+        state: LaneState | None,
+        turns: Turns,
     ) -> None:
-        self._agent, self._envelope, self._ctx, self._state, self._turns = agent, envelope, ctx, state, turns
+        self._agent, self._envelope, self._ctx, self._journal = agent, envelope, ctx, journal
+        self._state, self._turns = state, turns
 
     async def finish(self) -> StepResult:
         """See it through.
@@ -155,7 +162,7 @@ class Running:
             Exception: whatever the handler raised; nothing it emitted counts.
         """
         await self._turns.finish()
-        return _result(self._agent, self._envelope, self._ctx, self._state, "")
+        return _result(self._agent, self._envelope, self._ctx, self._journal, self._state, "")
 
 
 def begin_step(
@@ -173,11 +180,15 @@ def begin_step(
     """
     if state is not None:
         state = live_state(state, timestamp_ms)
-    ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
+        ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
+    elif type(envelope.event) is TimerFired:
+        ctx = _context(agent, envelope, timestamp_ms, priority, None, journal)
+    else:
+        ctx = Context(agent.name, envelope.metadata, _time_of(timestamp_ms), priority, None, journal)
     turns = begin(journal, agent.handle(envelope.event, ctx))
     if turns is None:
-        return _result(agent, envelope, ctx, state, "")
-    return Running(agent, envelope, ctx, state, turns)
+        return _result(agent, envelope, ctx, journal, state, "")
+    return Running(agent, envelope, ctx, journal, state, turns)
 
 
 async def run_step(
@@ -217,7 +228,7 @@ async def run_failure(
     ctx = _context(agent, envelope, timestamp_ms, priority, state, journal)
     if (turns := begin(journal, agent.on_failure(envelope.event, failure, ctx))) is not None:
         await turns.finish()
-    return _result(agent, envelope, ctx, state, "failure")
+    return _result(agent, envelope, ctx, journal, state, "failure")
 
 
 def _context(
@@ -235,11 +246,11 @@ def _context(
 
 
 def _result(
-    agent: Agent[Any], envelope: Envelope, ctx: Context[Any], before: LaneState | None, kind: str
+    agent: Agent[Any], envelope: Envelope, ctx: Context[Any], journal: Journal, before: LaneState | None, kind: str
 ) -> StepResult:
     left = ctx.outputs
     value = left.state
-    subjects = ctx.data_subjects
+    subjects = journal.data_subjects
     outputs = _outputs(agent, envelope.metadata, left.emitted, ctx.now, kind, subjects) if left.emitted else ()
     timers = () if left.timers is None else tuple(TimerChange(name, due) for name, due in left.timers.items())
     if value is None:

@@ -178,6 +178,7 @@ TOPICS: Final = (
 
 _PRIORITIES: Final = {priority.value: priority for priority in Priority}
 _BY_EVENT: Final = {event: topic for topic in TOPICS for event in topic.events}
+_KEYS: Final = {event: topic.key for event, topic in _BY_EVENT.items()}
 
 
 def topic_of(event_type: type[Event]) -> Topic:
@@ -215,7 +216,8 @@ def key_of(event: Event) -> str:
     >>> key_of(TaskSubmitted(task_id="t1", objective="x"))
     't1'
     """
-    return str(getattr(event, topic_of(type(event)).key))
+    field = _KEYS.get(type(event)) or topic_of(type(event)).key
+    return str(event.__dict__[field])
 
 
 def priority_of(topic: str) -> Priority:

@@ -345,12 +345,12 @@ class Fetcher:
         return messages
 
     def _take_in(self, messages: list[Message]) -> None:
-        good = []
-        for message in messages:
+        good = [message for message in messages if message.error() is None]
+        for message in messages if len(good) < len(messages) else ():
             error = message.error()
             if error is None:
-                good.append(message)
-            elif error.code() in _MISSING:
+                continue
+            if error.code() in _MISSING:
                 self._missing.setdefault(str(message.topic()), (time.monotonic() + _MISSING_S, error))
             elif error.code() in _FATAL:
                 raise self._meaning(error, message.topic() or "")

@@ -77,8 +77,7 @@ class Handling:
         self._stats = stats
         self._journal_later = journal_later
         self.lease = lease
-        self.journal_settings = binding.agent.name, self._source, ports, binding.timeout_s
-        """Name and source of the agent, ports and time limit, as journals need them."""
+        self._journal_type = _journal_type(self, ports, binding)
         self._warned_in = self._warnings = 0
 
     @property
@@ -99,7 +98,7 @@ class Handling:
         try:
             if journal is None:
                 journal = work.journal = self._journal_of(work, envelope.metadata)
-            state = partition.state.get(work.lane)
+            state = None if self._state_codec is None else partition.state.get(work.lane)
             if state is not None and state.erased and self._agent.starts_anew:
                 state = None
             if envelope.erased or journal.erased or (state is not None and state.erased):
@@ -155,7 +154,7 @@ class Handling:
         self._stats.failures += 1
         if journal is None:
             assert work.envelope is not None
-            journal = work.journal = _Journal(self, work, work.envelope.metadata, ())
+            journal = work.journal = self._journal_type(work, work.envelope.metadata)
         failure = error if isinstance(error, Failure) else failure_of(error)
         policy = self._binding.retry_of(failure.error_type)
         if failure.retryable and trial.attempt < policy.attempts:
@@ -173,6 +172,8 @@ class Handling:
         erased = False
         if work.trace is not None:
             work.trace.begin()
+        elif not effects:
+            return self._journal_type(work, cause)
         if effects and (records := effects.get(cause.id)) is not None:
             restored = [self._codec.decode(record) for record in records]
             recorded = [made.event for made in restored if isinstance(made.event, Effect)]
@@ -182,7 +183,7 @@ class Handling:
                 work.trace.restored = tuple(restored)
             if erased:
                 recorded = ()
-        journal = _Journal(self, work, cause, recorded)
+        journal = self._journal_type(work, cause, recorded)
         journal.erased = erased
         return journal
 
@@ -535,13 +536,13 @@ class Handling:
 
 class _Journal(Journal):
     """The journal of one work. One is made for each event, and most are never asked anything: what the base class takes
-    as three functions are methods here.
+    as three functions are methods here, and what is the same for all is the class's.
     """
 
-    def __init__(self, handling: Handling, work: Work, cause: Metadata, recorded: Sequence[Effect]) -> None:
-        self._handling, self._work = handling, work
-        self._agent, self._source, self.ports, self._timeout_s = handling.journal_settings
-        self._cause, self._key = cause, cause.subject
+    _handling: Handling
+
+    def __init__(self, work: Work, cause: Metadata, recorded: Sequence[Effect] = ()) -> None:
+        self._work, self._cause, self._key = work, cause, cause.subject
         self.performed = []
         if recorded:
             self._load(sorted(recorded, key=lambda effect: effect.sequence))
@@ -554,6 +555,12 @@ class _Journal(Journal):
 
     async def _permitted(self) -> None:
         await self._handling.lease(self._work.partition)
+
+
+def _journal_type(handling: Handling, ports: Ports, binding: Binding) -> type[_Journal]:
+    """The class of the journals of one agent's works."""
+    agent, shared = binding.agent, {"_handling": handling, "ports": ports, "_timeout_s": binding.timeout_s}
+    return type("_Journal", (_Journal,), {**shared, "_agent": agent.name, "_source": agent.source})
 
 
 def _sequence(made: Envelope) -> int:

@@ -174,20 +174,26 @@ class Transactor:
             return
         produce, producer = self._producer.produce, self._producer
         registered = time.monotonic() + self._head_start_s
-        for index, (topic, key, value, headers, partition) in enumerate(messages):
-            more = {} if refused is None else {"on_delivery": _note(refused, index)}
-            while True:
-                try:
-                    produce(topic, value, key, partition, headers=headers or [], **more)
-                    break
-                except BufferError:
-                    # The local queue is full; deliveries make room.
-                    producer.poll(_FULL_QUEUE_POLL_S)
-                except KafkaException as error:
-                    cause: KafkaError = error.args[0]
-                    if cause.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                        raise RecordRejectedError(index, f"{cause.name()}: {cause.str()}") from error
-                    raise self._meaning(cause, "produce") from error
+        index = 0
+        while index < len(messages):
+            try:
+                if refused is None:
+                    for topic, key, value, headers, partition in messages[index:] if index else messages:
+                        produce(topic, value, key, partition, headers=headers or [])
+                        index += 1
+                else:
+                    topic, key, value, headers, partition = messages[index]
+                    note = _note(refused, index)
+                    produce(topic, value, key, partition, headers=headers or [], on_delivery=note)
+                    index += 1
+            except BufferError:
+                # The local queue is full; deliveries make room.
+                producer.poll(_FULL_QUEUE_POLL_S)
+            except KafkaException as error:
+                cause: KafkaError = error.args[0]
+                if cause.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                    raise RecordRejectedError(index, f"{cause.name()}: {cause.str()}") from error
+                raise self._meaning(cause, "produce") from error
         producer.poll(0)
         if (wait_s := registered - time.monotonic()) > 0:
             time.sleep(wait_s)
