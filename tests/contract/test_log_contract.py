@@ -247,6 +247,13 @@ class TestSelection:
         assert len(expected) == sum((since or 0) <= hour < (99 if until is None else until) for hour in HOURS)
         same(read(log, selection), expected)
 
+    def test_all_times_there_are(self, log: Log, history: History) -> None:
+        since, until = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+        for selection in (Selection(topics=history.topics, since=since), Selection(topics=history.topics, until=until)):
+            same(read(log, selection), history.of(lambda _: True))
+        assert read(log, Selection(topics=history.topics, since=until)) == []
+        assert read(log, Selection(topics=history.topics, until=since)) == []
+
     def test_task(self, log: Log, history: History) -> None:
         expected = history.of(lambda record: record.key in (b"t1", b"t3"))
         same(read(log, Selection(topics=history.topics, tasks=frozenset({"t1", "t3"}))), expected)
