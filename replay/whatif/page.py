@@ -50,6 +50,7 @@ _TONES: Final[Mapping[Status, Tone]] = {
 def report_page(report: Report) -> str:
     """The page, UTF-8."""
     told = [result for result in report.results if result.divergences or result.would]
+    told.sort(key=lambda result: not result.ended_otherwise)
     parts: list[Part] = [_figures(report.totals), facts(_about(report)), _sums(report.totals), _tasks(report.results)]
     if told:
         parts.append(section("What differs", *(_task(result) for result in told[:_SHOWN])))
