@@ -25,7 +25,7 @@ from schemas.metadata import Envelope, Metadata
 from schemas.record import Record
 from schemas.topics import key_of, priority_of, topic_name
 
-__all__ = ["NOT_REENACTED", "Attempt", "attempt_step", "stability_faults"]
+__all__ = ["NOT_REENACTED", "Attempt", "attempt_step", "is_stable", "stability_faults"]
 
 NOT_REENACTED: Final = frozenset({"ProcessCrashed", "HandlerHung"})
 """Failures that came upon the handler from outside."""
@@ -194,13 +194,16 @@ def _told(letter: DeadLettered) -> Failure:
     return Failure(letter.error_type, letter.error.partition("; then on_failure ")[0], retryable=False)
 
 
+def is_stable(first: Attempt, second: Attempt) -> bool:
+    """Whether the two gave the same, and used nothing that is not the handler's own."""
+    return not first.uses and not second.uses and _same(first, second)
+
+
 def stability_faults(first: Attempt, second: Attempt, report: Report) -> Iterator[Finding]:
     """What the handler used that is not its own, and where deciding twice gave two results."""
     differs: list[Change] = []
     if not _same(first, second):
         differs = _differences(first, second)
-    elif not first.uses and not second.uses:
-        return
     field, diff = (differs[0].path, told(differs)) if differs else ("", "")
     uses = dict.fromkeys((*first.uses, *second.uses))
     for use in uses:

@@ -7,7 +7,7 @@ and cost stand in its response too, so that most changes of one byte show in the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -44,6 +44,16 @@ _ERROR_KEPT: Final = 4000
 _FROM_RESPONSE: Final = ("provider", "model", "prompt_tokens", "completion_tokens", "cost_usd")
 
 
+class Means(Protocol):
+    """What comparing needs to know."""
+
+    def gone(self, topic: str, record: Record) -> bool:
+        """Whether the topic may have deleted what came of the record."""
+
+    def hash_of(self, record: Record) -> str:
+        """The record's hash."""
+
+
 class Outcome:
     """What the comparison of outputs gave. ``sent`` are those with other keys, whose records are not at hand."""
 
@@ -60,15 +70,14 @@ def compare_outputs(
     recorded: Sequence[tuple[Record, Envelope]],
     key: str,
     report: Report,
-    gone: Callable[[str], bool],
-    hash_of: HashOf,
+    means: Means,
+    cause: Record,
 ) -> Outcome:
     """Match outputs by event id; what stands on one side only has no hash on the other.
 
-    ``decided`` are topic, event and bytes of each. ``key`` is the record key of the step's input; ``gone(topic)`` says
-    whether the topic has deleted what it was given then.
+    ``decided`` are topic, event and bytes of each. ``key`` is the record key of ``cause``, the step's input.
     """
-    outcome = Outcome()
+    outcome, hash_of = Outcome(), means.hash_of
     if len(decided) == len(recorded) == 1 and decided[0][1].metadata.id == recorded[0][1].metadata.id:
         (topic, envelope, encoded), (record, was) = decided[0], recorded[0]
         subject = envelope.metadata.subject
@@ -86,7 +95,7 @@ def compare_outputs(
             continue
         hashed = record_hash(topic, subject.encode(), encoded.value, encoded.headers)
         name = type(envelope.event).__name__
-        check = OutputCheck(name, envelope.metadata.id, topic, None, hashed, gone(topic))
+        check = OutputCheck(name, envelope.metadata.id, topic, None, hashed, means.gone(topic, cause))
         outcome.checks.append(check)
         if check.gone:
             continue
@@ -208,7 +217,7 @@ def recorded_checks(outputs: Sequence[tuple[Record, Envelope]], hash_of: HashOf)
     return tuple(checks)
 
 
-def effect_faults(record: Record, envelope: Envelope, report: Report) -> Iterator[Finding]:
+def effect_faults(record: Record, envelope: Envelope, report: Report) -> Sequence[Finding]:
     """What in a recorded effect contradicts itself."""
     effect, metadata = envelope.event, envelope.metadata
     assert isinstance(effect, Effect)
@@ -240,27 +249,28 @@ def effect_faults(record: Record, envelope: Envelope, report: Report) -> Iterato
         and not broken
         and not other
     ):
-        return
+        return ()
     place = f"{record.topic}[{record.partition}]@{record.offset}"
 
     def altered(field: str, why: str, old: object, new: object) -> Finding:
         message = f"{name} at {place}: {why}"
         return report(FindingKind.EFFECT_ALTERED, message, field=field, diff=text_diff(str(old), str(new)))
 
+    found = []
     if hashed != effect.request_hash:
-        yield altered("request", "its request has another hash than it says", effect.request_hash, hashed)
+        found.append(altered("request", "its request has another hash than it says", effect.request_hash, hashed))
     if made != metadata.id:
-        yield altered("metadata.id", "its id is not that of its identity", metadata.id, made)
+        found.append(altered("metadata.id", "its id is not that of its identity", metadata.id, made))
     if metadata.time != effect.started_at:
-        yield altered("started_at", "it says two times", metadata.time, effect.started_at)
+        found.append(altered("started_at", "it says two times", metadata.time, effect.started_at))
     if metadata.causation_id != effect.event_id:
-        yield altered("event_id", "it says two causes", metadata.causation_id, effect.event_id)
+        found.append(altered("event_id", "it says two causes", metadata.causation_id, effect.event_id))
     if broken:
-        yield altered(
-            "response", f"its response is no JSON: {broken}", "JSON", str(getattr(effect, "response", ""))[:200]
-        )
+        found.append(altered("response", f"its response is no JSON: {broken}", "JSON", response[:200]))
     for field in other:
-        yield altered(field, f"its response says another {field}", said[field], getattr(effect, field))
+        why = f"its response says another {field}"
+        found.append(altered(field, why, said[field], getattr(effect, field)))
+    return found
 
 
 def letter_faults(

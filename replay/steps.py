@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from agents.agent import Agent
 from agents.step import LaneState, StepResult, concerns, lane_of, state_for
-from replay.attempt import NOT_REENACTED, Attempt, attempt_step, stability_faults
+from replay.attempt import NOT_REENACTED, Attempt, attempt_step, is_stable, stability_faults
 from replay.checks import Report, compare_outputs, effect_faults, letter_faults, recorded_checks, unrecorded
 from replay.difference import text_diff
 from replay.findings import DecidedStep, Finding, FindingKind, OutputCheck, Sent, Verdict
@@ -86,6 +86,30 @@ class Step:
     more: bool = False
 
 
+class _Reporter:
+    """Makes findings of a step: ``report(kind, message, field, diff)``."""
+
+    __slots__ = ("_step",)
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def __call__(self, kind: FindingKind, message: str, field: str = "", diff: str = "") -> Finding:
+        record, envelope = self._step.record, self._step.envelope
+        return Finding(
+            kind,
+            self._step.station.agent.name,
+            envelope.metadata.id,
+            type(envelope.event).__name__,
+            record.topic,
+            record.partition,
+            record.offset,
+            field,
+            message,
+            diff,
+        )
+
+
 class KeySteps:
     """The records of one key while they are decided."""
 
@@ -143,26 +167,29 @@ class KeySteps:
         if not concerns(agent, envelope.event):
             return  # another version consumes it
         before = state_for(agent, before)
-        report = self._report(step)
+        report = _Reporter(step)
         deciding = self._deciding
         attempt = await attempt_step(deciding, agent, record, envelope, before, left)
-        again = None
+        findings: list[Finding] = []
         if deciding.guard is not None:
             again = await attempt_step(deciding, agent, record, envelope, before, left, first=attempt)
-        unstable = [] if again is None else list(stability_faults(attempt, again, report))
+            if not is_stable(attempt, again):
+                findings += stability_faults(attempt, again, report)
         if not left.ended and self._may_be_open(step, attempt):
             self._blocked[lane] = Verdict.OPEN
-            self._leave(step, left, agent, before, before, None, findings=unstable, verdict=Verdict.OPEN)
+            self._leave(step, left, agent, before, before, None, findings=findings, verdict=Verdict.OPEN)
             return
-        findings = [finding for item in left.effects for finding in effect_faults(*item, report)]
+        for item in left.effects:
+            findings += effect_faults(*item, report)
         findings += self._faults(attempt, left, record, report)
-        findings += unstable
-        findings += self._timer(step, report)
+        if type(envelope.event) is TimerFired and envelope.metadata.id not in self._timers:
+            message = f"the timer {envelope.event.timer!r} that fired was not set by any step decided again"
+            findings.append(report(FindingKind.TIMER, message, "timer"))
         if attempt.fault is not None:
-            self._blocked[lane] = Verdict.OPEN
-            checks = [
-                replace(check, redecided_hash=None) for check in recorded_checks(left.outputs, self._deciding.hash_of)
-            ]
+            if agent.state_type is not None:
+                self._blocked[lane] = Verdict.OPEN
+            recorded = recorded_checks(left.outputs, deciding.hash_of)
+            checks = [replace(check, redecided_hash=None) for check in recorded]
             self._leave(step, left, agent, before, before, None, checks=checks, findings=findings)
             return
         outcome = compare_outputs(
@@ -170,13 +197,15 @@ class KeySteps:
             left.outputs,
             envelope.metadata.subject or key_of(envelope.event),
             report,
-            lambda topic: self._deciding.gone(topic, record),
-            self._deciding.hash_of,
+            deciding,
+            record,
         )
-        refused = left.letter is not None and left.letter[0].error_type == "OutputRefused"
-        findings += [each for each in outcome.findings if not (refused and each.kind is FindingKind.OUTPUT_MISSING)]
-        if outcome.sent and not refused:
-            self.sent += [Sent(check, missing, len(self.steps), encoded) for check, missing, encoded in outcome.sent]
+        if outcome.findings or outcome.sent:
+            refused = left.letter is not None and left.letter[0].error_type == "OutputRefused"
+            findings += [each for each in outcome.findings if not (refused and each.kind is FindingKind.OUTPUT_MISSING)]
+            if not refused:
+                step_number = len(self.steps)
+                self.sent += [Sent(check, missing, step_number, encoded) for check, missing, encoded in outcome.sent]
         result = attempt.result
         assert result is not None
         if result.timers:
@@ -231,7 +260,7 @@ class KeySteps:
     def _unreadable(self, step: Step, left: Left) -> None:
         """An event without a lane: its dead letter is all that it left."""
         agent, record, findings = step.station.agent, step.record, []
-        report = self._report(step)
+        report = _Reporter(step)
         if left.letter is None and self._deciding.finished(agent.name, record):
             message = f"the event has no lane ({step.error}); no dead letter tells of it"
             findings.append(report(FindingKind.LETTER_MISSING, message))
@@ -249,42 +278,20 @@ class KeySteps:
             asked = attempt.journal.unrecorded
             if asked is None:
                 return [] if attempt.uses else [report(FindingKind.NONDETERMINISM, str(fault))]
-            unasked = set(attempt.journal.unasked())
-            others = [each for each in left.calls if f"{type(each).__name__} {each.request_hash[:12]}" in unasked]
+            left_over = set(attempt.journal.unasked())
+            others = [each for each in left.calls if f"{type(each).__name__} {each.request_hash[:12]}" in left_over]
             name = asked.effect_type.__name__
             return [unrecorded(name, asked.text, asked.scope, asked.occurrence, others, report)]
-        if letter is None and attempt.failure is None and not attempt.journal.performed and not left.effects:
+        unasked = attempt.journal.unasked() if left.effects else []
+        if letter is None and attempt.failure is None and not unasked:
             return []
         findings = list(letter_faults(letter, attempt.failure, attempt.error, record, report))
         if letter is None or letter.error_type not in NOT_REENACTED:
             findings += [
-                report(FindingKind.EFFECT_UNASKED, f"it is recorded, but not asked for any more: {unasked}")
-                for unasked in attempt.journal.unasked()
+                report(FindingKind.EFFECT_UNASKED, f"it is recorded, but not asked for any more: {each}")
+                for each in unasked
             ]
         return findings
-
-    def _timer(self, step: Step, report: Report) -> list[Finding]:
-        event = step.envelope.event
-        if type(event) is not TimerFired or step.envelope.metadata.id in self._timers:
-            return []
-        message = f"the timer {event.timer!r} that fired was not set by any step decided again"
-        return [report(FindingKind.TIMER, message, "timer")]
-
-    def _report(self, step: Step) -> Report:
-        record, envelope = step.record, step.envelope
-        at = (
-            step.station.agent.name,
-            envelope.metadata.id,
-            type(envelope.event).__name__,
-            record.topic,
-            record.partition,
-            record.offset,
-        )
-
-        def report(kind: FindingKind, message: str, field: str = "", diff: str = "") -> Finding:
-            return Finding(kind, *at, field, message, diff)
-
-        return report
 
     def _leave(
         self,
