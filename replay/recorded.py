@@ -146,23 +146,31 @@ class Recorded:
         effects: History = self._effects.pop(step, ())
         outputs: History = self._outputs.pop(step, ())
         if step in self._redriven or more:
-            effects, outputs = self._mine(step, record, effects, outputs, more)
+            effects, outputs = self._mine(step, record, effects, outputs, more, gave_up=letter is not None)
         if len(effects) > 1:
             effects = sorted(effects, key=_sequence)
         calls: Any = tuple([item[1].event for item in effects]) if effects else ()
         return Left(tuple(effects), tuple(outputs), letter, self._cancelled.get(step), step in self._fired, calls)
 
     def _mine(
-        self, step: tuple[str, str], record: Record, effects: History, outputs: History, more: bool
+        self,
+        step: tuple[str, str],
+        record: Record,
+        effects: History,
+        outputs: History,
+        more: bool,
+        *,
+        gave_up: bool,
     ) -> tuple[History, History]:
         """The part of what the event's handlings left that is this one's; the rest is kept for the next."""
         times = [at for at in self._redriven.get(step, ()) if at > record.timestamp_ms]
-        if times:
+        if times and (gave_up or not more):
+            # Whoever sends it again does so when it has failed.
             again = min(times)
             mine = [item for item in effects if item[0].timestamp_ms < again]
             made = [item for item in outputs if item[0].timestamp_ms < again]
         elif more:
-            # Written twice by its producer: each handling counts its effects from 0, and names its outputs alike.
+            # Written twice: each handling counts its effects from 0, and names its outputs alike.
             runs = _runs(effects)
             mine, seen = list(runs[0]) if runs else [], set[str]()
             made = []

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from schemas.events import LlmCalled, StepCancelled, TimerFired
 from streams.binding import RetryPolicy
 from streams.state import changelog_topic
 from tests.support.asking import Asker
+from tests.support.auditing import audit_of
 from tests.support.processors import CODEC, Bench, bench_on, read_committed
 
 
@@ -48,8 +49,12 @@ async def never() -> None:
 
 
 @pytest.fixture
-def bench(kafka: Any) -> Bench:
-    return bench_on(kafka, Asker(kafka.unique("asker")))
+def bench(kafka: Any) -> Iterator[Bench]:
+    """An agent that asks. Whatever happens to its processors, what they left is what deciding it again gives."""
+    bench = bench_on(kafka, Asker(kafka.unique("asker")))
+    yield bench
+    report = audit_of(bench)
+    assert report.findings == [], [str(finding) for finding in report.findings]
 
 
 def effects(bench: Bench) -> list[LlmCalled]:
