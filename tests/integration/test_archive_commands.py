@@ -66,6 +66,17 @@ def test_run_again_it_adds_what_is_new(system: "SystemForTests", folder: Path) -
     assert after["heads_in_audit"] == before["heads_in_audit"] + 1
 
 
+def test_a_head_that_was_sent_and_not_noted_is_sent_again(system: "SystemForTests", tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    archive(system, folder, "--topic", "documents")
+    head = (folder / "announced").read_text()
+    (folder / "announced").unlink()
+    archive(system, folder, "--topic", "documents")
+    assert (folder / "announced").read_text() == head
+    said = verify(system, folder)
+    assert (said["ok"], said["head"], said["heads_in_audit"]) == (True, head, 1)
+
+
 def test_lines_that_were_cut_off_are_told(system: "SystemForTests", folder: Path, tmp_path: Path) -> None:
     import shutil
 
