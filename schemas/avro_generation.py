@@ -25,10 +25,19 @@ from schemas.avro_schema import RecordType, parse
 from schemas.compatibility import incompatibilities
 from schemas.errors import GenerationError, SchemaError
 from schemas.events.base import EVENT_TYPES, NAMESPACE, Event, Float32, Micros, Value
-from schemas.personal import personal_fields
+from schemas.personal import marked_fields, personal_fields
 from schemas.registry import MANIFEST_PATH, Manifest
 
-__all__ = ["AVRO_FOLDER", "avro_schema", "avsc_text", "check", "generate", "parsed_schema", "shipped_types"]
+__all__ = [
+    "AVRO_FOLDER",
+    "avro_schema",
+    "avsc_text",
+    "check",
+    "generate",
+    "parsed_schema",
+    "personal_marks",
+    "shipped_types",
+]
 
 AVRO_FOLDER: Final = Path(__file__).with_name("avro")
 _PLAIN: Final[Mapping[Any, str]] = {str: "string", bool: "boolean", int: "long", float: "double", bytes: "bytes"}
@@ -54,6 +63,12 @@ def parsed_schema(model: type[Value]) -> RecordType:
     schema = parse(avro_schema(model))
     assert isinstance(schema, RecordType)
     return schema
+
+
+@cache
+def personal_marks(model: type[Value]) -> dict[str, frozenset[str]]:
+    """Which fields of the model's schema are marked Personal, by the full name of their record, nested ones too."""
+    return {_full_name(nested): marked for nested, marked in marked_fields(model).items()}
 
 
 def avsc_text(model: type[Value]) -> str:

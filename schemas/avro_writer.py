@@ -5,7 +5,7 @@ dict in between. The same instance always gives the same bytes: maps are written
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -14,6 +14,7 @@ from schemas.avro_schema import ArrayType, EnumType, MapType, Primitive, RecordT
 
 __all__ = ["compile_writer"]
 
+_NOTHING: Final[Mapping[str, frozenset[str]]] = {}
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
@@ -41,17 +42,20 @@ def _micros(value: datetime) -> bytes:
     return _long((value - _EPOCH) // _MICROSECOND)
 
 
-def compile_writer(schema: RecordType) -> Callable[[Any], list[bytes]]:
+def compile_writer(schema: RecordType, blank: Mapping[str, frozenset[str]] = _NOTHING) -> Callable[[Any], list[bytes]]:
     """A function that gives the bytes of an instance of the model that ``schema`` was generated from, in pieces.
+
+    Fields that ``blank`` names, by the full name of their record, are written as if they were empty, or None.
 
     The function raises AttributeError, KeyError, TypeError, ValueError, OverflowError or struct.error where the
     instance, made without validation, holds what its model does not allow.
     """
-    return _Compiler().compile(schema)
+    return _Compiler(blank).compile(schema)
 
 
 class _Compiler:
-    def __init__(self) -> None:
+    def __init__(self, blank: Mapping[str, frozenset[str]]) -> None:
+        self._blank = blank
         self._scope: dict[str, Any] = {
             "_long": _long,
             "_lengths": _LENGTHS,
@@ -184,8 +188,13 @@ class _Compiler:
             self._records[schema.name] = name = self._name("_w")
             outer = self._lines, self._indent, self._pending
             self._lines, self._indent, self._pending = [], 1, []
+            blank = self._blank.get(schema.name, ())
             for field in schema.fields:
-                self._value(field.type, f"d[{field.name!r}]")
+                if field.name in blank:
+                    # An empty string, bytes, array or map, and the null of a union: all are a zero.
+                    self._push("b'\\0'")
+                else:
+                    self._value(field.type, f"d[{field.name!r}]")
             self._flush()
             self._functions += [f"def {name}(d, out):", *(self._lines or ["    pass"])]
             self._lines, self._indent, self._pending = outer

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
-from schemas.avro_generation import parsed_schema
+from schemas.avro_generation import parsed_schema, personal_marks
 from schemas.avro_reader import MAX_VALUES, compile_reader, values_per_byte
 from schemas.avro_schema import RecordType, Schema, fingerprint
 from schemas.avro_writer import compile_writer
@@ -90,7 +90,8 @@ class _Writing:
     check: Callable[[bytes, int], Any]
     check_above: int
     max_bytes: int
-    write_personal: Callable[[Any], bytes] | None
+    write_blank: Callable[[Any], list[bytes]]
+    write_personal: Callable[[Any], bytes | None] | None
 
 
 @dataclass(slots=True)
@@ -245,16 +246,14 @@ class Codec:
         """The record of an event about data subjects."""
         subjects = subjects_header(metadata.data_subjects)
         headers.append((SUBJECTS, subjects))
-        bare = blank(event)
-        value = writing.frame + b"".join(writing.write(bare))
-        if bare is not event:
+        plain = None if writing.write_personal is None else writing.write_personal(event)
+        value = writing.frame + b"".join(writing.write_blank(event))
+        if plain is not None:
             if self.cipher is None:
                 raise EncodeError(
                     f"{event.full_name} is about data subjects, and this process has no key store; set "
                     "MAGNATRONIC_KEY_STORE"
                 )
-            assert writing.write_personal is not None
-            plain = writing.write_personal(event)
             bound = associated(writing.schema_header[1], metadata.id.encode(), subjects, value)
             headers.append((SEALED, self.cipher.seal(metadata.data_subjects, bound, plain)))
             if len(value) + len(plain) + len(subjects) > writing.check_above:
@@ -335,6 +334,7 @@ class Codec:
             schema = parsed_schema(kind)
         except (GenerationError, UnsafeSchemaError) as error:
             raise EncodeError(f"{kind.__name__} has no Avro schema: {error}") from error
+        marks = personal_marks(kind)
         made = self._writing[kind] = _Writing(
             frame=_FRAME.pack(0, self._ids.id_of(schema)),
             write=compile_writer(schema),
@@ -344,7 +344,8 @@ class Codec:
             # Fewer bytes can't hold more values than a reader takes.
             check_above=min(max_bytes - _MAX_HEADERS, int(MAX_VALUES / max(values_per_byte(schema), 1))),
             max_bytes=max_bytes,
-            write_personal=part_writer(schema, names) if (names := personal_fields(kind)) else None,
+            write_blank=compile_writer(schema, marks),
+            write_personal=part_writer(schema, personal_fields(kind), marks) if marks else None,
         )
         return made
 

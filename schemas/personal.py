@@ -13,9 +13,9 @@ from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from schemas.events.base import Personal
+from schemas.events.base import Personal, Value
 
-__all__ = ["blank", "personal_fields", "placeholders"]
+__all__ = ["blank", "marked_fields", "personal_fields", "placeholders"]
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _Blanker = Callable[[Any], Any]
@@ -37,6 +37,22 @@ def personal_fields(model: type[BaseModel]) -> tuple[str, ...]:
         TypeError: a field is marked that has no blank value, such as a number.
     """
     return tuple(_blankers(model))
+
+
+def marked_fields(model: type[Value]) -> dict[type[Value], frozenset[str]]:
+    """The marked fields of the model and of those nested in it; models without one are missing."""
+    found: dict[type[Value], frozenset[str]] = {}
+    seen: set[type[Value]] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        kind = waiting.pop()
+        waiting.extend(get_args(kind))
+        if isinstance(kind, type) and issubclass(kind, Value) and kind not in seen:
+            seen.add(kind)
+            waiting.extend(info.annotation for info in kind.model_fields.values())
+            if marked := frozenset(name for name, info in kind.model_fields.items() if _is_marked(info.metadata)):
+                found[kind] = marked
+    return found
 
 
 @cache

@@ -36,11 +36,21 @@ _MAX_PARTS: Final = 64
 PartReader = Callable[[bytes, int], dict[str, Any]]
 
 
-def part_writer(schema: RecordType, names: Sequence[str]) -> Callable[[Any], bytes]:
-    """A function that gives what is to be sealed of an instance of the schema's model: the fields ``names``."""
-    write = compile_writer(_part(schema, names))
+def part_writer(
+    schema: RecordType, names: Sequence[str], marks: Mapping[str, frozenset[str]]
+) -> Callable[[Any], bytes | None]:
+    """A function that gives what is to be sealed of an instance of the schema's model: the fields ``names``, which hold
+    what ``marks`` say is personal. None where all of it is blank.
+    """
+    part = _part(schema, names)
+    write, write_blank = compile_writer(part), compile_writer(part, marks)
     head = ",".join(names).encode() + b"\n"
-    return lambda event: head + b"".join(write(event))
+
+    def personal(event: Any) -> bytes | None:
+        whole = b"".join(write(event))
+        return None if whole == b"".join(write_blank(event)) else head + whole
+
+    return personal
 
 
 def part_reader(written: RecordType, target: RecordType | None) -> Callable[[bytes], dict[str, Any]]:

@@ -270,7 +270,9 @@ def effect_span(envelope: Envelope, resource: Resource) -> ReadableSpan | None:
     if effect.error:
         error = _object(effect.error)
         attributes["error.type"] = str(error.get("type", "_OTHER"))
-        status = Status(StatusCode.ERROR, str(error.get("message", ""))[:500])
+        # Traces are kept elsewhere, in the clear.
+        said = "" if metadata.data_subjects else str(error.get("message", ""))[:500]
+        status = Status(StatusCode.ERROR, said)
     attributes |= {
         "gen_ai.agent.name": effect.agent,
         "gen_ai.conversation.id": effect.task_id,

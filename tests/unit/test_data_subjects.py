@@ -8,23 +8,37 @@ from pydantic import BaseModel, ConfigDict
 
 from agents.agent import Agent, Failure
 from agents.context import Context, Ports, RecallRequest
+from agents.coordinator import Coordinator, StepProgress, StepStatus, TaskState
+from agents.decomposer import Decomposer
+from agents.embedder import Embedder
 from agents.errors import EffectFailedError
 from agents.journal import Journal
+from agents.memory.chunking import Chunker
+from agents.overseer import Overseer
+from agents.researcher import Researcher
+from agents.retriever import Retriever
 from agents.step import LaneState, run_failure, run_step
 from schemas.codec import Codec
 from schemas.encryption import SubjectCipher
 from schemas.errors import SubjectForgottenError
 from schemas.events import (
+    DocumentSubmitted,
     Effect,
+    Event,
     Evidence,
     MemoryRecalled,
     PersonalText,
+    PlannedStep,
+    PlanProposed,
     Priority,
     StepAssigned,
     StepCompleted,
     StepFailed,
+    TaskCancelRequested,
+    TaskSubmitted,
 )
 from schemas.metadata import Envelope, Metadata, deterministic_id
+from schemas.personal import blank
 from schemas.record import Record
 from streams.changelog import Timer, timer_value
 from streams.errors import StateError
@@ -197,6 +211,65 @@ def test_a_dead_letter_is_about_whom_its_event_is_about(readable: bool) -> None:
     _, _, value, headers, _ = forgotten.dead_letter(record, told, "E", "Ada is unknown", 1)
     bare = Codec().decode(Record(topic, 0, 1, 0, key, value, headers or ()))
     assert (bare.event.__dict__["error"], bare.metadata.data_subjects) == ("", ())
+
+
+def step(objective: str) -> PlannedStep:
+    return PlannedStep(step_id="t/1", capability="retrieve", objective=objective)
+
+
+ERASED: list[tuple[Agent[Any], Event, BaseModel | None, list[str]]] = [
+    (Decomposer(), TaskSubmitted(task_id="t", objective="Ada"), None, ["PlanRejected"]),
+    (Coordinator(), PlanProposed(task_id="t", objective="Ada", steps=(step("Ada"),)), None, ["TaskFailed"]),
+    (
+        Coordinator(),
+        StepFailed(task_id="t", step_id="t/1", attempt=1, error_type="E", message="Ada"),
+        TaskState(
+            objective="Ada",
+            steps=(
+                StepProgress(step=step("Ada"), status=StepStatus.ASSIGNED),
+                StepProgress(step=step("Ada").model_copy(update={"step_id": "t/2"}), status=StepStatus.ASSIGNED),
+            ),
+        ),
+        ["StepCancelRequested", "TaskFailed"],
+    ),
+    (Coordinator(), TaskCancelRequested(task_id="t", requested_by="x"), TaskState(finished=True), []),
+    (Retriever(), assigned("Ada").event, None, ["StepFailed"]),
+    (Researcher(), assigned("Ada").event, None, ["StepFailed"]),
+    (
+        Overseer(),
+        StepCompleted(task_id="t", step_id="t/1", attempt=1, capability="c", objective="Ada", answer="Ada"),
+        None,
+        ["StepFailed"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("agent", "event", "state", "emitted"), ERASED, ids=lambda value: type(value).__name__)
+async def test_agents_answer_what_was_erased_so_that_nobody_waits(
+    agent: Agent[Any], event: Event, state: BaseModel | None, emitted: list[str]
+) -> None:
+    cause = about_nobody(Envelope(event, Metadata("c", "/x", "t", NOW, data_subjects=(ADA,))))
+    before = None if state is None else LaneState(blank(state), NOW)
+    journal = Journal(agent=agent.name, source=agent.source, key="t", cause=cause.metadata)
+    failure = Failure("SubjectForgotten", "its content is gone", retryable=False)
+    result = await run_failure(agent, cause, failure, state=before, journal=journal, **ARGUMENTS)
+    assert [type(output.event).__name__ for output in result.outputs] == emitted
+    for output in result.outputs:
+        assert output.metadata.data_subjects == ()
+        assert "Ada" not in output.event.model_dump_json()
+        encoded = CODEC.encode(output.event, output.metadata)
+        assert CODEC.decode(Record("x", 0, 0, 0, b"t", *encoded)).event == output.event
+
+
+def test_chunks_of_documents_about_people_have_ids_that_tell_nothing() -> None:
+    embedder = Embedder("m", "1", Chunker(lambda texts: [len(text.split()) for text in texts]))
+    document = DocumentSubmitted(document_id="d", title="Ada", text="Ada earns much. Bob earns less.")
+    other = document.model_copy(update={"text": "Nobody earns anything. That is all."})
+    plain, opaque = embedder._identified(document), embedder._identified(document, "e1")
+    assert plain.keys() != embedder._identified(other).keys()
+    assert opaque.keys() == embedder._identified(other, "e1").keys()
+    assert opaque.keys() != embedder._identified(document, "e2").keys()
+    assert list(opaque.values()) == list(plain.values())
 
 
 def test_about_nobody() -> None:

@@ -46,6 +46,7 @@ READABLE_HERE = frozenset(
         # The processes' own words, made of figures, names of rules and ids.
         *("ProcessorStats.source", "AlertRaised.source", "AlertRaised.message", "AlertCleared.source"),
         *("AccessDecided.source", "AccessDecided.action", "AccessDecided.resource", "AccessDecided.reason"),
+        *("LogArchived.source", "LogArchived.archive", "LogArchived.cluster", "LogArchived.head"),
         # About agents, not about people.
         *("PolicyProposed.content", "PolicyProposed.rationale", "PolicyPromoted.content", "PolicyPromoted.evidence"),
         "PolicyRolledBack.reason",

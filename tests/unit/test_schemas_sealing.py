@@ -96,6 +96,7 @@ def events(draw: st.DrawFn) -> tuple[Event, str]:
     )
 
 
+@settings(deadline=None)
 @given(events(), st.sampled_from(((ADA,), (BOB,), (ADA, BOB))))
 def test_what_is_sealed_opens_whole_and_only_with_all_keys(made: tuple[Event, str], subjects: tuple[str, ...]) -> None:
     event, secret = made
@@ -158,6 +159,7 @@ def test_a_seal_is_bound_to_its_record() -> None:
         codec.decode(record(completed, ce_sealed=sealed))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80), st.binary(max_size=120))
 def test_hostile_headers_are_decode_errors(sealed: bytes, subjects: bytes) -> None:
     codec = Codec(cipher=SubjectCipher(MemoryKeys()))
@@ -292,7 +294,7 @@ def test_a_dead_letter_seals_its_error_alone() -> None:
     assert b"Ada" not in raw(encoded)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.booleans())
 def test_sealed_events_of_older_schemas(rename: bool) -> None:
     """Fields that came later have their defaults, upcasters see what was sealed, and marks may change."""
