@@ -23,8 +23,8 @@ from agents.turns import begin
 from replay.whatif.budget import Budget, Estimate
 from replay.whatif.calls import CallKey, CallLog, Kept
 from replay.whatif.changes import Changes
+from replay.whatif.deciding import Want
 from replay.whatif.past import Past
-from replay.whatif.worker import Want
 from schemas.events import EVENT_TYPES, Effect, LlmCalled, TextsEmbedded, ToolCalled
 from schemas.metadata import Envelope, Metadata, canonical_json, deterministic_id
 

@@ -14,10 +14,10 @@ from replay.difference import changes as differences
 from replay.recorded import Left
 from replay.whatif.answers import Stop, Would
 from replay.whatif.changes import Changes
+from replay.whatif.deciding import Encoded, Want
 from replay.whatif.past import Item, Past
 from replay.whatif.result import Departure, Divergence, Side, Status, TaskResult
 from replay.whatif.stepping import Stepped
-from replay.whatif.worker import Encoded, Want
 from schemas.codec import Codec
 from schemas.events import (
     ChangeMarked,

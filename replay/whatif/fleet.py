@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from agents.agent import Agent
 from agents.step import concerns, lane_of
-from replay.whatif.worker import Ask, Decision, decide
+from replay.whatif.deciding import Ask, Decision, decide
 from schemas.codec import Codec
 from schemas.metadata import Envelope
 from schemas.record import Record

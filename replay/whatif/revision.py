@@ -9,6 +9,7 @@ comparison, is this version's.
 import asyncio
 import base64
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -26,8 +27,9 @@ from agents.agent import Failure
 from agents.step import StepResult, TimerChange
 from replay.errors import UndecidedError, WhatIfError
 from replay.whatif import worker
+from replay.whatif.deciding import Ask, Decision, Want
 from replay.whatif.fleet import Taker
-from replay.whatif.worker import PROTOCOL, Ask, Decision, Want, told_event
+from replay.whatif.worker import PROTOCOL, told_event
 from schemas.codec import Codec
 from schemas.errors import SchemaError
 from schemas.metadata import Envelope
@@ -105,12 +107,14 @@ class RevisionFleet:
         self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        environment = {"PYTHONPATH": str(self._path), "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+        mine = Path(worker.__file__).parents[2]  # the revision's code comes first, ours has the program
+        environment = {"PYTHONPATH": f"{self._path}{os.pathsep}{mine}", "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-P",  # not the folder of the script: its modules would hide others
-                worker.__file__,
+                "-P",  # nothing comes before these two
+                "-m",
+                worker.__name__,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

@@ -20,11 +20,11 @@ from agents.step import TimerChange
 from replay.recorded import Left, redriven_for
 from replay.whatif.answers import Answers, Caller, TaskAnswers
 from replay.whatif.comparing import Ledger
+from replay.whatif.deciding import Ask, Encoded
 from replay.whatif.fleet import Fleet, Post
 from replay.whatif.past import OUTCOMES, Item, Past
 from replay.whatif.result import Status, TaskResult
 from replay.whatif.stepping import carry_out
-from replay.whatif.worker import Ask, Encoded
 from schemas.codec import Codec
 from schemas.events import Effect, StepAssigned, StepCancelRequested, TimerFired
 from schemas.metadata import Envelope, Metadata, deterministic_id

@@ -13,8 +13,8 @@ from typing import Final
 from agents.agent import Failure
 from replay.whatif.answers import Caller, Stop, TaskAnswers, adopted
 from replay.whatif.calls import Kept
+from replay.whatif.deciding import Ask, Decision, Identity, Want
 from replay.whatif.fleet import Fleet, Retrying, Running
-from replay.whatif.worker import Ask, Decision, Identity, Want
 from schemas.events import Effect
 
 __all__ = ["Stepped", "carry_out"]
