@@ -95,7 +95,8 @@ def compare_outputs(
             continue
         hashed = record_hash(topic, subject.encode(), encoded.value, encoded.headers)
         name = type(envelope.event).__name__
-        check = OutputCheck(name, envelope.metadata.id, topic, None, hashed, means.gone(topic, cause))
+        gone = means.gone(topic, cause)
+        check = OutputCheck(name, envelope.metadata.id, topic, None, hashed, gone, not gone and subject != key)
         outcome.checks.append(check)
         if check.gone:
             continue
@@ -104,10 +105,10 @@ def compare_outputs(
             f"{name} {envelope.metadata.id} is decided, and {topic} holds no such record",
             diff=told(changes(None, envelope.event)),
         )
-        if subject == key:
-            outcome.findings.append(missing)
-        else:
+        if check.elsewhere:
             outcome.sent.append((check, missing, encoded))
+        else:
+            outcome.findings.append(missing)
     for left in by_id.values():
         for record, envelope in left:
             _unexpected(record, envelope, outcome, report, hash_of)

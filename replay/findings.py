@@ -131,7 +131,8 @@ class Finding:
 class OutputCheck:
     """One output: its type and id, and its hash as recorded and as decided now; None where there is no such output.
 
-    ``gone`` says that its record is missing because its topic keeps none for so long.
+    ``gone`` says that its record is missing because its topic keeps none for so long, ``elsewhere`` that it has another
+    key, and is not among the records at hand.
     """
 
     event_type: str
@@ -140,6 +141,7 @@ class OutputCheck:
     recorded_hash: str | None
     redecided_hash: str | None
     gone: bool = False
+    elsewhere: bool = False
 
     @property
     def same(self) -> bool:

@@ -164,16 +164,17 @@ def _sum_up(part: Part, group: bytes, steps: Sequence[DecidedStep]) -> None:
             part.note(step.findings)
         record, outputs = step.record, step.outputs
         if len(outputs) > 1:
-            outputs = tuple(sorted(outputs, key=_id_of))
+            here = [output for output in outputs if not (output.gone or output.elsewhere)]
+            outputs = tuple(sorted(here, key=_id_of))
+        elif outputs and (outputs[0].gone or outputs[0].elsewhere):
+            outputs = ()
         place = f"{record.topic} {record.partition} {record.offset:020} {step.agent}"
-        lines.append(
-            place + "".join([f" {each.event_id}={each.recorded_hash or '-'}" for each in outputs if not each.gone])
-        )
+        lines.append(place + "".join([f" {each.event_id}={each.recorded_hash or '-'}" for each in outputs]))
         if all(each.recorded_hash is each.redecided_hash for each in outputs):
             decided_lines.append(lines[-1])
         else:
             decided_lines.append(
-                place + "".join([f" {each.event_id}={each.redecided_hash or '-'}" for each in outputs if not each.gone])
+                place + "".join([f" {each.event_id}={each.redecided_hash or '-'}" for each in outputs])
             )
     part.groups += 1
     same = lines == decided_lines

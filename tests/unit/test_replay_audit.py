@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_outputs_with_other_keys_are_found_in_other_groups() -> None:
     log = history(submitted("a", other="b"), submitted("b"), submitted("c", stop="c/1"))
     report = audited(log, 3)
     assert report.findings == []
+    assert report.digest == report.decided_digest
     assert (report.verdicts(), report.outputs) == ({"same": 3}, 5)
 
 
@@ -207,6 +209,43 @@ def test_a_report_survives_json_and_is_verified() -> None:
         AuditReport.from_bytes(b"{}")
     with pytest.raises(ReportError, match="format 9"):
         AuditReport.from_bytes(b'{"format": 9}')
+
+
+def test_the_hashes_are_what_the_documentation_says_they_are() -> None:
+    """docs/audit.md, followed by hand: from raw records alone, without the audit's code."""
+    log = history(submitted("a", other="b"), submitted("b"))
+    log.records[0] = replace(log.records[0], headers=[*log.records[0].headers, ("traceparent", b"00-not-hashed-01")])
+    report = audited(log, 2)
+
+    def prefixed(part: bytes | None) -> bytes:
+        return b"-" if part is None else len(part).to_bytes(8, "big") + part
+
+    def hash_of(record: Record) -> bytes:
+        parts = [record.topic.encode(), record.key, record.value]
+        for name, content in record.headers:
+            parts += [] if name == "traceparent" else [name.encode(), content]
+        return sha256(b"".join(map(prefixed, parts))).digest()
+
+    def header(record: Record, name: str) -> str:
+        return (dict(record.headers).get(name) or b"").decode()
+
+    digest = sha256()
+    for key in sorted((b"a", b"b"), key=lambda key: sha256(key).digest()):
+        lines = []
+        for step in log.records:
+            if step.topic == "tasks.normal" and step.key == key:
+                caused = [each for each in log.records if header(each, "ce_causationid") == header(step, "ce_id")]
+                made = [each for each in caused if each.key == key]
+                outputs = sorted(f" {header(each, 'ce_id')}={hash_of(each).hex()}" for each in made)
+                lines.append(f"{step.topic} {step.partition} {step.offset:020} broadcaster" + "".join(outputs))
+        digest.update(sha256(key).digest() + sha256("\n".join(sorted(lines)).encode()).digest())
+    for span in report.spans:
+        mine = [record for record in log.records if record.topic == span.topic]
+        chained = sha256()
+        for record in mine:
+            chained.update(record.offset.to_bytes(8, "big") + record.timestamp_ms.to_bytes(8, "big") + hash_of(record))
+        assert (span.records, span.sha256) == (len(mine), chained.hexdigest())
+    assert report.digest == digest.hexdigest()
 
 
 def test_a_report_tells_of_recorded_text_without_trusting_it() -> None:
