@@ -182,6 +182,26 @@ def test_topics_are_those_of_the_cluster(system: "SystemForTests") -> None:
     assert "forever" in system.run("topics").stdout
 
 
+def test_the_whole_log_is_audited_while_the_system_runs_and_the_report_verified(
+    system: "SystemForTests", tmp_path: Path
+) -> None:
+    report, html = tmp_path / "audit.json", tmp_path / "audit.html"
+    done = system.run("replay audit", "--report", str(report), "--html", str(html))
+    assert done.returncode == 0, done.stdout
+    claimed = json.loads(report.read_bytes())
+    assert claimed["agents"]["embedder"]["outputs"] > 4
+    assert claimed["digest"] in done.stdout
+    assert html.read_text().startswith("<!doctype html>")
+    verified = system.run("replay verify", str(report))
+    assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "the report is confirmed")
+    forged = tmp_path / "forged.json"
+    forged.write_text(json.dumps({**claimed, "digest": "0" * 64}))
+    refused = system.run("replay verify", str(forged))
+    assert refused.returncode == 1
+    assert "the report is NOT confirmed" in refused.stdout
+    assert f"the digest of recorded outputs is {'0' * 64} in the report" in refused.stdout
+
+
 @pytest.mark.parametrize("command", ["replay audit", "watch"])
 def test_an_unknown_task_is_wrong_input(system: "SystemForTests", command: str) -> None:
     done = system.run(command, "--task", "no such task")
