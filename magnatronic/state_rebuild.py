@@ -26,6 +26,7 @@ from replay.log import Log
 from replay.selection import Place, Span
 from replay.steps import Station
 from schemas.codec import Codec
+from schemas.topics import FOREVER, all_topics
 from sinks.errors import HistoryLostError, RebuildStoppedError
 from sinks.rebuild import Phase
 from streams.binding import Binding
@@ -39,6 +40,7 @@ __all__ = ["StateRebuild"]
 _CLOSE: Final = 5_000
 """So many offsets behind, the rest is decided while the agent rests."""
 _PASSES: Final = 5
+_SHORT: Final = frozenset(name for name, topic in all_topics().items() if topic.retention_ms != FOREVER)
 
 Tell = Callable[[str, int, int], None]
 
@@ -103,10 +105,14 @@ class StateRebuild:
             ) as lanes,
         ):
             began = time.monotonic()
+            custody = Custody(self._kafka, self._binding.group, self._binding.topics, slot=self._slot)
+            # Before anything is decided, and anybody has to rest.
+            custody.wait_alone()
             self._decide_beside(log, lanes)
             with self._rest():
                 rests = time.monotonic()
-                report = self._while_it_rests(log, lanes)
+                with custody:
+                    report = self._while_it_rests(custody, log, lanes)
                 rested_s = time.monotonic() - rests
         return {**report, "seconds": round(time.monotonic() - began, 1), "rested_s": round(rested_s, 1)}
 
@@ -140,7 +146,8 @@ class StateRebuild:
 
     def _spans(self, log: Log, lanes: LaneStates) -> dict[Place, Span]:
         spans = settled_spans(log, self._kafka, lanes.topics())
-        if lost := {place: first for place, (first, _) in spans.items() if first > 0}:
+        # What the others hold is no more than outputs, which nobody misses in a topic that keeps none for so long.
+        if lost := {place: first for place, (first, _) in spans.items() if first > 0 and place[0] not in _SHORT}:
             places = ", ".join(
                 f"{topic}[{number}] begins at offset {at:,}" for (topic, number), at in sorted(lost.items())
             )
@@ -150,30 +157,29 @@ class StateRebuild:
             )
         return spans
 
-    def _while_it_rests(self, log: Log, lanes: LaneStates) -> dict[str, Any]:
+    def _while_it_rests(self, custody: Custody, log: Log, lanes: LaneStates) -> dict[str, Any]:
         binding = self._binding
-        with Custody(self._kafka, binding.group, binding.topics, slot=self._slot) as custody:
-            committed = {place: at for place, at in custody.committed.items() if at.offset >= 0}
-            finished = Finished.committed(
-                {place: decode_finished(at.offset, at.metadata or "") for place, at in committed.items()}
-            )
-            self._steps += lanes.read(self._spans(log, lanes), finished)
-            self._progress(Phase.COMPARING, 0, 0)
-            stored, rebuilt = custody.restored(), lanes.partitions()
-            lost = [place for place, at in committed.items() if at.offset > 0 and _is_lost(stored[place])]
-            comparison = StateComparison(binding.group, self._states)
-            for place, there in stored.items():
-                if place not in lost:
-                    comparison.compare(place, there, rebuilt.get(place, PartitionState()))
-            compared = comparison.compared
-            equal = all(each.equal for each in compared)
-            switched = equal or self._options.accept
-            writing = dict(comparison.mending) if self._options.accept else {}
-            if switched:
-                for place in lost:
-                    found = rebuilt.get(place, PartitionState())
-                    writing[place] = whole_changelog(binding.group, place, stored[place], found)
-            self._write(custody, writing)
+        committed = {place: at for place, at in custody.committed.items() if at.offset >= 0}
+        finished = Finished.committed(
+            {place: decode_finished(at.offset, at.metadata or "") for place, at in committed.items()}
+        )
+        self._steps += lanes.read(self._spans(log, lanes), finished)
+        self._progress(Phase.COMPARING, 0, 0)
+        stored, rebuilt = custody.restored(), lanes.partitions()
+        lost = [place for place, at in committed.items() if at.offset > 0 and _is_lost(stored[place])]
+        comparison = StateComparison(binding.group, self._states)
+        for place, there in stored.items():
+            if place not in lost:
+                comparison.compare(place, there, rebuilt.get(place, PartitionState()))
+        compared = comparison.compared
+        equal = all(each.equal for each in compared)
+        switched = equal or self._options.accept
+        writing = dict(comparison.mending) if self._options.accept else {}
+        if switched:
+            for place in lost:
+                found = rebuilt.get(place, PartitionState())
+                writing[place] = whole_changelog(binding.group, place, stored[place], found)
+        self._write(custody, writing)
         return {
             "projection": "state",
             "agent": binding.agent.name,

@@ -70,7 +70,7 @@ class Custody:
             ProcessorError: a topic is missing, or a right.
         """
         ensure_changelogs(self._kafka, self._group, self._topics)
-        self._wait_alone()
+        self.wait_alone()
         settings = consumer_settings(self._kafka, self._group, _SLOT if self._slot is None else self._slot)
         if self._slot is None:
             # It leaves the group when it is closed, so that processors that start next wait for nobody.
@@ -181,8 +181,12 @@ class Custody:
                     "run this again"
                 )
 
-    def _wait_alone(self) -> None:
-        """Until nobody is in the group but the processor that rests."""
+    def wait_alone(self) -> None:
+        """Wait until nobody is in the group but this process's processor. Entering does so too.
+
+        Raises:
+            GroupBusyError: somebody is after 20 s; the message says whom to stop.
+        """
         deadline = time.monotonic() + _LEAVE_S
         while others := self._others():
             if time.monotonic() > deadline:

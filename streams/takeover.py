@@ -69,7 +69,7 @@ def take_over(
             raise StateError(
                 f"group {group} has finished {place.topic}[{number}] up to offset {place.offset}, but {changelog}"
                 f"[{number}] is no whole changelog: {said}. Make it again from the log: magnatronic rebuild state "
-                f"{group.rpartition('.')[2]}"
+                f"--agent {group.rpartition('.')[2]}"
             )
         # The first transaction needs an offset to send; where the log was trimmed, 0 stands for its beginning.
         tracker = OffsetTracker(max(place.offset, 0), (place.metadata or "") if place.offset >= 0 else "")

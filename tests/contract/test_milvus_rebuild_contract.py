@@ -1,6 +1,11 @@
 """The index is made again from the log and compared row by row, on Milvus Lite and on a server with Docker."""
 
 import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +32,7 @@ from tests.support.rebuilding import MemoryLog
 MILVUS_IMAGE = "milvusdb/milvus:v2.6.4"
 TOPIC = "embeddings"
 DIMENSIONS = 8
+ROOT = Path(__file__).parents[2]
 
 
 def vector_of(text: str) -> Vectors:
@@ -79,6 +85,13 @@ class World:
             chunk_ids=tuple(f"{document}/{text}" for text in stands),
         )
         self.log.add(TOPIC, indexed, key=document, partition=len(document) % 2)
+
+    def fill(self) -> None:
+        """Three documents, one of them changed later; the same log each time."""
+        self.write("one", "a", "b", "c")
+        self.write("two", "x", "y")
+        self.write("three", *(f"t{number}" for number in range(30)))
+        self.write("one", "d", standing=("a", "b", "d"))
 
     def follow(self) -> None:
         """Feed the sink what it has not seen, as its runner would."""
@@ -133,10 +146,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     for generation in range(4):
         store.forget_offsets(f"milvus@{generation}" if generation else "milvus")
     made = World(store, "model" + sha256(request.node.nodeid.encode()).hexdigest()[:8])
-    made.write("one", "a", "b", "c")
-    made.write("two", "x", "y")
-    made.write("three", *(f"t{number}" for number in range(30)))
-    made.write("one", "d", standing=("a", "b", "d"))
+    made.fill()
     made.follow()
     yield made
     made.close()
@@ -271,6 +281,48 @@ async def test_stopped_anywhere_the_next_run_goes_on(world: World, when: Phase) 
     assert world.all_collections() == [in_generation(world.collection, before + 1)]
     world.follow()
     assert (await asyncio.to_thread(world.rebuild)).equal
+
+
+def rebuild_until_killed(uri: str, phase: str) -> None:
+    """In a process of its own: end by SIGKILL as soon as the rebuild comes to ``phase``."""
+    store = MilvusStore(uri, idle_s=0.1)
+    store.open()
+    world = World(store, "killed")
+    world.fill()
+
+    def die(now: Phase, done: int, of: int) -> None:
+        if now == phase and (now is not Phase.READING or done):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    world.rebuild(accept=True, on_progress=die)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_killed_anywhere_the_next_run_goes_on(tmp_path: Path, phase: Phase) -> None:
+    uri = str(tmp_path / "milvus.db")
+    with contextlib.closing(MilvusStore(uri, idle_s=0.1)) as store:
+        store.open()
+        world = World(store, "killed")
+        world.fill()
+        world.follow()
+        world.damage()
+        world.close()
+    code = f"from {__name__} import rebuild_until_killed; rebuild_until_killed({uri!r}, {phase.value!r})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with contextlib.closing(MilvusStore(uri, idle_s=0.1)) as store:
+        store.open()
+        world = World(store, "killed")
+        world.fill()
+        report = world.rebuild(accept=True)
+        assert report.switched
+        # Milvus Lite writes to disk now and then: of what was read last, nothing may be there.
+        assert report.resumed or phase is Phase.READING
+        assert asyncio.run(world.texts()) == STANDING
+        assert world.all_collections() == [in_generation(world.collection, 1)]
+        world.follow()
+        assert world.rebuild().equal
+        world.close()
 
 
 async def test_what_is_in_use_is_known_after_the_process_ended(world: World) -> None:

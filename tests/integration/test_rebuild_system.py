@@ -184,7 +184,7 @@ def test_index_and_state_are_made_again_while_questions_are_answered(
     assert lost in said
     again = magnatronic("up", "--data-dir", str(data_dir))
     assert again.returncode == 1
-    assert "magnatronic rebuild state coordinator" in again.stderr
+    assert "magnatronic rebuild state --agent coordinator" in again.stderr
     done = run("rebuild", "state", "--agent", "coordinator")
     assert done.returncode == 0, done.stderr
     assert "was lost" in done.stdout
