@@ -1,7 +1,7 @@
 """What a what-if changes, and which recorded answers a change leaves standing.
 
 In: other prompts, another provider, temperature, tools, code. Out: :class:`Changes`, the same for every process that
-works on the what-if; its canonical JSON names it.
+works on the what-if.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from typing import Any
 import orjson
 
 from schemas.events import Effect, LlmCalled, ToolCalled
-from schemas.metadata import canonical_json
 
 __all__ = ["Changes"]
 
@@ -40,10 +39,6 @@ class Changes:
     def as_dict(self) -> dict[str, Any]:
         """All of them as JSON can hold them."""
         return asdict(self)
-
-    def canonical(self) -> str:
-        """The same text for the same changes."""
-        return canonical_json(self.as_dict())
 
     def told(self) -> list[str]:
         """Each change in a few words."""

@@ -6,7 +6,6 @@ causes before what they caused, and else to append times: real time was one such
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime
 from hashlib import sha256
 from heapq import heappop, heappush
 
@@ -126,11 +125,6 @@ class Past:
             value = record.value or b""
             digest.update(f"{record.topic}/{record.partition}/{record.offset}/{len(value)}\n".encode() + value)
         return digest.hexdigest()
-
-    @property
-    def started_at(self) -> datetime | None:
-        """When it was submitted."""
-        return None if self.submitted is None else datetime.fromtimestamp(self.submitted[0].timestamp_ms / 1000, UTC)
 
 
 def _place(record: Record) -> Place:
