@@ -50,8 +50,8 @@ class Archiver:
     """Writes the archive in ``folder``; one process at a time. Use it as a context manager.
 
     ``codec`` decodes the payloads; with :class:`~replay.archive.rows.LeftSealed` for its cipher, personal fields stay
-    out of the payloads. ``finished`` is asked what each agent has finished, before the log is asked for its ends. With ``allow_gaps``, what
-    retention has deleted is noted in the manifest, and is no error.
+    out of them. ``finished`` is asked what each agent has finished, before the log is asked for its ends. With
+    ``allow_gaps``, what retention has deleted is noted in the manifest, and is no error.
 
     Raises:
         ArchiveBusyError: another process writes it.
