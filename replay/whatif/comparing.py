@@ -35,6 +35,7 @@ from schemas.events import (
 )
 from schemas.metadata import Envelope
 from schemas.record import Record
+from schemas.sealing import SEALED
 from schemas.topics import all_topics, priority_of, topic_name
 
 __all__ = ["Ledger"]
@@ -149,7 +150,7 @@ class Ledger:
                     noting.note(Departure.ADDS, type(output.event).__name__, "", "", _text(output.event))
                 found.append((self._item(made, output, twin), same))
                 continue
-            differing = [] if was[0].value == value else differences(was[1].event, self._codec.decode(made).event)
+            differing = [] if _alike(was[0], made) else differences(was[1].event, self._codec.decode(made).event)
             if was[0].topic != topic:
                 noting.note(Departure.DECIDES, type(output.event).__name__, "topic", was[0].topic, topic)
             for change in differing:
@@ -163,7 +164,7 @@ class Ledger:
         return found
 
     def _item(self, made: Record, output: Envelope, twin: Item | None) -> Item:
-        if twin is not None and twin[0].value == made.value and twin[1].metadata.time == output.metadata.time:
+        if twin is not None and _alike(twin[0], made) and twin[1].metadata.time == output.metadata.time:
             return twin
         return made, self._codec.decode(made)
 
@@ -268,6 +269,11 @@ class _Noting:
             return
         for change in differences(orjson.loads(was.request), orjson.loads(want.text)):
             self.note(Departure.ASKS, want.kind, change.path, change.old, change.new)
+
+
+def _alike(one: Record, other: Record) -> bool:
+    """Whether both hold the same event, by their bytes; what is personal in it is in a header of its own."""
+    return one.value == other.value and dict(one.headers).get(SEALED) == dict(other.headers).get(SEALED)
 
 
 def _identity(effect: Effect) -> tuple[str, str, str, int]:

@@ -55,6 +55,7 @@ class Recording:
     latency_ms: Callable[[Effect], float] = lambda effect: 40.0
     attempts: int = 3
     start_ms: int = START_MS
+    data_subjects: tuple[str, ...] = ()
     records: list[Record] = field(default_factory=list)
     _heap: list[tuple[int, int, Any]] = field(default_factory=list)
     _count: int = 0
@@ -76,8 +77,9 @@ class Recording:
                 priority = event.priority
             key = key_of(event)
             metadata = Metadata(
-                deterministic_id(key, "outside", number), "/clients/test", key, self._time(happening.at_ms), "", key
-            )
+                deterministic_id(key, "outside", number), "/clients/test", key, self._time(happening.at_ms), "", key,
+                data_subjects=self.data_subjects,
+            )  # fmt: skip
             self._push(
                 self.start_ms + happening.at_ms, ("write", topic_name(event, priority), Envelope(event, metadata))
             )
@@ -236,8 +238,11 @@ async def record(
     ports: Ports,
     happenings: Iterable[Happening] = (),
     start_ms: int = START_MS,
+    codec: Codec | None = None,
+    data_subjects: tuple[str, ...] = (),
     **task: Any,
 ) -> list[Record]:
     """The log of one task."""
     submitted = Happening(TaskSubmitted(task_id=task_id, objective=objective, **task))
-    return await Recording(agents, topics, ports, start_ms=start_ms).run([submitted, *happenings])
+    recording = Recording(agents, topics, ports, codec or Codec(), start_ms=start_ms, data_subjects=data_subjects)
+    return await recording.run([submitted, *happenings])

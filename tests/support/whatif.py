@@ -140,10 +140,10 @@ async def simulated(
     budget: Budget | None = None,
     agents: Sequence[Agent[Any]] | None = None,
     task_id: str = "t1",
+    codec: Codec | None = None,
 ) -> TaskResult:
     """What becomes of the task with ``changes``."""
-    changes = changes or Changes()
-    codec = Codec()
+    changes, codec = changes or Changes(), codec or Codec()
     agents = agents or fleet_of(PROMPTS.with_texts(changes.prompts))
     calls = CallLog(folder / "calls.jsonl", codec)
 

@@ -12,8 +12,11 @@ from agents.context import LlmRequest, Ports, Purpose
 from replay.whatif.budget import Budget
 from replay.whatif.changes import Changes
 from replay.whatif.result import Departure, Status, TaskResult, from_dict
+from schemas.codec import Codec
+from schemas.encryption import SubjectCipher
 from schemas.events import Priority, TaskCancelRequested
 from schemas.record import Record
+from tests.support.keys import ADA, MemoryKeys
 from tests.support.recording import START_MS, Happening
 from tests.support.whatif import QUESTIONS, Corpus, Embedding, Model, fleet_of, past_of, recorded, simulated
 
@@ -243,3 +246,21 @@ async def test_an_order_to_stop_reaches_a_step_that_now_takes_longer(tmp_path: P
 
 async def test_the_fleet_of_the_test_is_the_one_that_is_simulated() -> None:
     assert [agent.name for agent in fleet_of()] == ["decomposer", "coordinator", "retriever", "researcher", "overseer"]
+
+
+async def test_personal_data_stays_sealed_and_is_compared_all_the_same(tmp_path: Path) -> None:
+    keys = MemoryKeys()
+    codec = Codec(cipher=SubjectCipher(keys))
+    records = await recorded("What is uvloop?", codec=codec, data_subjects=(ADA,))
+    assert not any(b"drop-in replacement" in (record.value or b"") for record in records)
+    (tmp_path / "same").mkdir()
+    check_unchanged(await simulated(records, tmp_path / "same", ports=NOT_TO_BE_ASKED, codec=codec), records)
+    llm = Model(change=lambda request, text: text.replace("fast, ", ""))
+    result = await simulated(records, tmp_path, changes=ASKED, ports=Ports(llm=llm, embedding=Embedding()), codec=codec)
+    fields = [(each.what, each.field) for each in result.divergences if each.kind is Departure.DECIDES]
+    assert ("StepCompleted", "answer") in fields
+    assert ("TaskCompleted", "answer") in fields
+    assert b"drop-in" not in (tmp_path / "calls.jsonl").read_bytes()
+    assert await simulated(records, tmp_path, changes=ASKED, ports=Ports(llm=Unasked()), codec=codec) == result
+    keys.forget(ADA)
+    assert past_of(records, codec=Codec(cipher=SubjectCipher(keys))).erased
