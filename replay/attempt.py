@@ -46,6 +46,7 @@ class ReplayJournal(Journal):
         self.performed = []
         if like is not None:
             self._recorded, self._attempt, self._next = like._recorded, like._attempt, like._next
+            self._subjects = like._subjects
         elif left.calls:
             self._load(list(left.calls))
 

@@ -13,10 +13,21 @@ from agents.journal import Journal
 from agents.step import failure_of, run_failure, run_step
 from replay.decide import Decided, FindingKind, Station, Verdict, record_hash, redecide
 from schemas.codec import Codec
-from schemas.events import DeadLettered, PlanProposed, PlanRejected, Priority, StepCancelled, TaskSubmitted, TimerFired
+from schemas.encryption import SubjectCipher
+from schemas.events import (
+    DeadLettered,
+    Evidence,
+    PlanProposed,
+    PlanRejected,
+    Priority,
+    StepCancelled,
+    TaskSubmitted,
+    TimerFired,
+)
 from schemas.metadata import REDRIVE_HEADER, Envelope, Metadata, deterministic_id
 from schemas.record import Record
 from schemas.topics import key_of, topic_name
+from tests.support.keys import ADA, MemoryKeys
 
 AT_MS = 1_767_225_600_000
 CODEC = Codec()
@@ -421,3 +432,44 @@ async def test_an_event_that_was_sent_again_is_decided_each_time_by_its_own_effe
     assert [step.outputs[0].event_type for step in decided.steps] == ["PlanRejected", "PlanProposed"]
     later[0] = replace(later[0], headers=[*later[0].headers[:-1], (REDRIVE_HEADER, b"another")])
     assert len((await replay([*failed, later[0]], Planner())).steps) == 1
+
+
+class Recaller(Planner):
+    """Plans by what memory holds."""
+
+    async def handle(self, event: TaskSubmitted, ctx: Context[Any]) -> None:
+        (hit,) = await ctx.recall(event.objective)
+        ctx.emit(PlanProposed(task_id=event.task_id, objective=event.objective, steps=(), rationale=hit.text))
+
+
+async def test_who_a_recalled_passage_is_about_is_the_same_in_both_runs() -> None:
+    hit = Evidence(
+        chunk_id="c", document_id="d", title="t", heading="", source="s", text="X", score=1.0, data_subjects=(ADA,)
+    )
+
+    class Memory:
+        model = "m"
+
+        async def recall(self, request: Any) -> tuple[Evidence, ...]:
+            return (hit,)
+
+    codec = Codec(cipher=SubjectCipher(MemoryKeys()))
+    cause = Metadata("submission", "/clients/test", "t1", datetime(2026, 1, 1, tzinfo=UTC), correlation_id="t1")
+    envelope = Envelope(TaskSubmitted(task_id="t1", objective="why"), cause)
+    agent = Recaller()
+    journal = Journal(agent=agent.name, source=agent.source, key="t1", cause=cause, ports=Ports(memory=Memory()))
+    result = await run_step(agent, envelope, timestamp_ms=AT_MS, priority=Priority.NORMAL, state=None, journal=journal)
+    made = [envelope, *journal.performed, *result.outputs]
+    assert [item.metadata.data_subjects for item in made] == [(), (ADA,), (ADA,)]
+    records = []
+    for offset, item in enumerate(made):
+        value, headers = codec.encode(item.event, item.metadata)
+        records.append(Record(topic_name(item.event), 0, offset, AT_MS + offset, b"t1", value, headers))
+    history = [(record, codec.decode(record)) for record in records]
+    station = Station(agent, frozenset({"tasks.normal"}))
+    decided = await redecide(history, stations=[station], codec=codec)
+    assert decided.findings == ()
+    assert decided.steps[0].verdict is Verdict.SAME
+    # Without the keys the same records are told apart from changed ones.
+    blank = [(record, CODEC.decode(record)) for record in records]
+    assert [step.verdict for step in (await redecide(blank, stations=[station], codec=CODEC)).steps] == [Verdict.ERASED]
