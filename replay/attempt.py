@@ -244,7 +244,7 @@ def _differences(first: Attempt, second: Attempt) -> list[Change]:
         path = "" if len(one.outputs) == 1 else f"{type(old.event).__name__}[{number}]"
         found += changes(old.event, new.event, path)
         if type(old.event) is type(new.event):
-            names = ("subject", "time", "source")
+            names = ("id", "subject", "time", "source", "correlation_id", "data_subjects")
             found += changes(
                 {name: getattr(old.metadata, name) for name in names},
                 {name: getattr(new.metadata, name) for name in names},
