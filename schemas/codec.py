@@ -224,9 +224,8 @@ class Codec:
         if len(value) > reading.max_bytes:
             raise TooLargeError(f"the value has {len(value)} bytes, over {reading.name}'s cap of {reading.max_bytes}")
         fields = reading.read(value, _HEADER_BYTES)
-        sealed = headers.get(SEALED)
-        if sealed is not None:
-            if len(value) + len(sealed) > reading.max_bytes:
+        if SEALED in headers:
+            if len(value) + len(headers[SEALED] or b"") > reading.max_bytes:
                 raise TooLargeError(f"value and {SEALED} are over {reading.name}'s cap of {reading.max_bytes} bytes")
             plain = None if self.cipher is None else open_part(self.cipher, headers, value)
             if plain is None:

@@ -142,8 +142,7 @@ class Handling:
 
     async def _failed(self, work: Work, journal: Journal | None, error: Exception | Failure) -> float | None:
         if isinstance(error, SubjectForgottenError):
-            await self._erased(work)
-            return None
+            return await self._erased(work)
         trial = work.tried()
         if isinstance(error, KeyStoreError) and error.retryable:
             # No fault of the event's: it waits for as long as the key store is away.
@@ -163,8 +162,7 @@ class Handling:
             journal.next_attempt()
             self._stats.retries += 1
             return wait_s
-        await self._give_up(work, failure, journal)
-        return None
+        return await self._give_up(work, failure, journal)
 
     def _journal_of(self, work: Work, cause: Metadata) -> "_Journal":
         recorded: Sequence[Effect] = ()
@@ -234,6 +232,10 @@ class Handling:
             try:
                 message = self._messages.of(made)
             except KeyStoreError as error:
+                if not error.retryable:
+                    trial.unrecordable = True
+                    _wake(trial, len(journal.performed))
+                    break
                 log.warning("%s waits: %s", self._agent.name, error)
                 asyncio.get_running_loop().call_later(_KEYS_AGAIN_S, self.performed, work)
                 break
@@ -257,7 +259,7 @@ class Handling:
         for made in performed if trial is None else performed[trial.journalled :]:
             try:
                 messages.append(self._messages.of(made))
-            except SubjectForgottenError:
+            except (SubjectForgottenError, KeyStoreError):
                 if not skip_unrecordable:
                     raise
                 messages.append(self._messages.or_blank(made))
@@ -319,9 +321,11 @@ class Handling:
         message = f"it was running {runs} times when its process ended without a word; it is not run again"
         work.tried().attempt = runs
         work.journal = journal = self._journal_of(work, work.envelope.metadata)
-        await self._give_up(work, Failure("ProcessCrashed", message, retryable=False), journal)
+        failure = Failure("ProcessCrashed", message, retryable=False)
+        while (wait_s := await self._give_up(work, failure, journal)) is not None:  # noqa: ASYNC110
+            await asyncio.sleep(wait_s)  # a key store sets no event
 
-    async def _give_up(self, work: Work, failure: Failure, journal: Journal) -> None:
+    async def _give_up(self, work: Work, failure: Failure, journal: Journal) -> float | None:
         envelope, partition, attempts = work.envelope, work.partition, work.tried().attempt
         assert envelope is not None
         error = failure.message
@@ -337,12 +341,11 @@ class Handling:
             )
             messages = self._outcome(result, work)
         except SubjectForgottenError:
-            await self._erased(work)
-            return
+            return await self._erased(work)
         except asyncio.CancelledError:
             if _why_ended(work) is None:
                 self.cancelled(work)
-                return
+                return None
             result, messages = _NO_CHANGE, []
             error = f"{error}; then on_failure hung"
         except Exception as second:  # noqa: BLE001 - told with the first one in the dead letter
@@ -368,12 +371,14 @@ class Handling:
         messages.append(self._messages.dead_letter(work.record, cause, failure.error_type, error, attempts))
         messages += self._effects(work, journal, skip_unrecordable=True)
         self._leave(work, result, messages)
+        return None
 
-    async def _erased(self, work: Work) -> None:
+    async def _erased(self, work: Work) -> float | None:
         """The event, its lane's state or what was recalled for it is about a data subject who was forgotten.
 
         Nothing is decided on what is left. ``on_failure`` is called with the blank event, so that nobody waits; what it
-        emits names no data subjects, and there is no dead letter: sending it again would change nothing.
+        emits names no data subjects, and there is no dead letter: sending it again would change nothing. Returns the
+        seconds to wait where the key store is away.
         """
         envelope, partition, before = work.envelope, work.partition, work.journal
         assert envelope is not None
@@ -395,6 +400,12 @@ class Handling:
             )
             messages = self._outcome(result, work)
         except Exception as error:  # noqa: BLE001 - nobody is told then, but the log goes on
+            if isinstance(error, KeyStoreError) and error.retryable:
+                # What is left of the lane's state is about others, and so is what is emitted.
+                work.journal = before
+                if before is not None:
+                    before.next_attempt()
+                return _KEYS_AGAIN_S
             log.warning("%s: on_failure of an erased event failed: %s", agent.name, type(error).__name__)
             result, messages = _NO_CHANGE, []
         if work.trial is not None:
@@ -406,6 +417,7 @@ class Handling:
             messages += [self._messages.or_blank(made) for made in before.performed]
         self._stats.erased += 1
         self._leave(work, result, messages)
+        return None
 
     def unreadable(self, work: Work, error: Exception) -> None:
         """The record is no event, or one that has no lane: a dead letter is all it leaves."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from agents.agent import Agent
 from schemas.codec import Codec
-from schemas.errors import EncodeError, EventTooLargeError, MalformedError, SubjectForgottenError
+from schemas.errors import EncodeError, EventTooLargeError, KeyStoreError, MalformedError, SubjectForgottenError
 from schemas.events import DeadLettered, Priority
 from schemas.metadata import Envelope, Metadata, deterministic_id
 from schemas.personal import blank
@@ -69,10 +69,21 @@ class Messages:
         return topic, key, value, headers, partition
 
     def or_blank(self, envelope: Envelope) -> Outgoing:
-        """As :meth:`of`; where a data subject was forgotten by now, without what is personal, and about nobody."""
+        """As :meth:`of`; where a data subject was forgotten by now, or has no key here, without what is personal, and
+        about nobody.
+
+        Raises:
+            EncodeError: it can't be written, or is larger than its topic takes.
+            KeyStoreError: the key store did not answer.
+        """
         try:
             return self.of(envelope)
         except SubjectForgottenError:
+            return self.of(about_nobody(envelope))
+        except KeyStoreError as error:
+            if error.retryable:
+                raise
+            # Whoever made it may name whom he likes: a letter about it must be written all the same.
             return self.of(about_nobody(envelope))
 
     def dead_letter(

@@ -255,3 +255,20 @@ async def test_a_key_store_that_is_away_is_waited_for(office: Office) -> None:
         await office.bench.until(lambda: processor.stats.events_in >= 1)
     assert [type(event) for event in office.events("work.results.normal")] == [StepCompleted]
     assert len([event for event in office.events("effects") if isinstance(event, LlmCalled)]) == 1
+
+
+async def test_who_names_people_that_nobody_knows_gets_a_dead_letter(office: Office) -> None:
+    """Anybody who may write can name key ids; neither garbage nor a name without a key may stop the processor."""
+    unknown = f"ds-{'f' * 32}"
+    for headers in ({"ce_datasubjects": unknown}, {"ce_datasubjects": unknown, "ce_sealed": "garbage"}):
+        plain = Codec()
+        event = StepAssigned(task_id="t1", step_id="t1/1", capability="research", objective="harmless")
+        value, known = plain.encode(event, office.bench.metadata("t1"))
+        office.bench.sent += 1
+        office.bench.send_raw(b"t1", value, [*known, *((name, text.encode()) for name, text in headers.items())])
+    office.send("t2", ADA, objective="fine")
+    processor = await office.process(3)
+    letters = [event for event in office.events("dead-letters") if isinstance(event, DeadLettered)]
+    assert sorted(letter.error_type for letter in letters) == ["KeyStoreError", "MalformedError"]
+    assert [key_of(event) for event in office.events("work.results.normal")] == ["t2"]
+    assert processor.stats.dead_letters == 2
