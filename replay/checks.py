@@ -7,7 +7,7 @@ and cost stand in its response too, so that most changes of one byte show in the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -220,7 +220,8 @@ def recorded_checks(outputs: Sequence[tuple[Record, Envelope]], hash_of: HashOf)
 
 def effect_faults(record: Record, envelope: Envelope, report: Report) -> Sequence[Finding]:
     """What in a recorded effect contradicts itself."""
-    effect, metadata = cast(Effect, envelope.event), envelope.metadata
+    effect, metadata = envelope.event, envelope.metadata
+    assert isinstance(effect, Effect)
     name = type(effect).__name__
     identity = (
         effect.event_id,

@@ -11,18 +11,15 @@ from itertools import pairwise
 from typing import Any
 
 from replay.lazy import LazyEnvelope
-from schemas.events import EVENT_TYPES, DeadLettered, Effect, StepCancelled, TimerFired
+from schemas.events import DeadLettered, Effect, StepCancelled, TimerFired
 from schemas.frozen import frozen
 from schemas.metadata import REDRIVE_HEADER, Envelope
 from schemas.record import Record
 
-__all__ = ["EFFECTS", "History", "Left", "Recorded", "agent_of", "by_time", "redriven_for", "version_of"]
+__all__ = ["History", "Left", "Recorded", "agent_of", "by_time", "redriven_for", "version_of"]
 
 History = Sequence[tuple[Record, Envelope]]
 """Records with their events, in offset order within each partition."""
-
-EFFECTS = frozenset(kind for kind in EVENT_TYPES.values() if issubclass(kind, Effect))
-"""The types of effects."""
 
 _AGENTS = "/agents/"
 
@@ -113,19 +110,18 @@ class Recorded:
                     self.first_source.setdefault(agent, envelope.metadata.source)
                 continue
             event, metadata = envelope.event, envelope.metadata
-            kind = type(event)  # to ask a pydantic class for its instances takes a microsecond
-            if kind in EFFECTS and isinstance(event, Effect):
+            if isinstance(event, Effect):
                 self._effects[event.agent, event.event_id].append((record, envelope))
                 self.first_source.setdefault(event.agent, metadata.source)
             elif record.headers and record.headers[-1][0] == REDRIVE_HEADER:
                 agent = redriven_for(record)
                 self._redriven.setdefault((agent, metadata.id), []).append(record.timestamp_ms)
-            elif kind is DeadLettered and isinstance(event, DeadLettered):
+            elif isinstance(event, DeadLettered):
                 place = event.agent, event.source_topic, event.source_partition, event.source_offset
                 self._letters[place] = event, envelope
-            elif kind is StepCancelled and isinstance(event, StepCancelled):
+            elif isinstance(event, StepCancelled):
                 self._cancelled[event.agent, event.event_id] = envelope
-            elif kind is TimerFired and isinstance(event, TimerFired):
+            elif isinstance(event, TimerFired):
                 self._fired.add((event.agent, metadata.causation_id))
             elif metadata.causation_id and (agent := agent_of(metadata.source)):
                 self._outputs[agent, metadata.causation_id].append((record, envelope))
@@ -206,5 +202,6 @@ def _runs(effects: History) -> list[History]:
 
 
 def _sequence(item: tuple[Record, Envelope]) -> int:
-    sequence: int = item[1].event.sequence  # type: ignore[attr-defined]
-    return sequence
+    event = item[1].event
+    assert isinstance(event, Effect)
+    return event.sequence

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 from agents.agent import Agent
 from agents.step import LaneState, StepResult, concerns, lane_of, state_for
@@ -17,7 +17,7 @@ from replay.checks import Report, compare_outputs, effect_faults, letter_faults,
 from replay.difference import text_diff
 from replay.findings import DecidedStep, Finding, FindingKind, OutputCheck, Sent, Verdict
 from replay.guard import Guard
-from replay.recorded import EFFECTS, Left, Recorded, redriven_for, version_of
+from replay.recorded import Left, Recorded, redriven_for, version_of
 from schemas.codec import Codec
 from schemas.events import Effect, Event, TimerFired
 from schemas.metadata import Envelope, deterministic_id
@@ -337,7 +337,7 @@ def _is_erased(envelope: Envelope, left: Left) -> bool:
         return True
     for _, made in left.effects:
         # One without a request was recorded blank, as somebody was forgotten while its step ran.
-        if made.erased or (type(made.event) in EFFECTS and not cast(Effect, made.event).request):
+        if made.erased or (isinstance(made.event, Effect) and not made.event.request):
             return True
     for _, made in left.outputs:  # noqa: SIM110 - for every step: a generator takes twice as long
         if made.erased:
