@@ -79,6 +79,12 @@ def start(*arguments: str, **settings: str) -> "subprocess.Popen[str]":
         (["ingest", "{here}/nowhere"], "there is no {here}/nowhere"),
         (["ingest", "{here}/empty"], "there is nothing to ingest"),
         (["run", "coordinator"], "no Magnatronic is running"),
+        (["rebuild", "tables"], "'tables' is not one of 'clickhouse', 'milvus', 'state'"),
+        (["rebuild", "clickhouse"], "no Magnatronic is running"),
+        (["rebuild", "milvus", "--agent", "coordinator"], "--agent is for rebuild state"),
+        (["rebuild", "milvus", "--from", "{here}/none"], "does not exist"),
+        (["rebuild", "state"], "no Magnatronic was ever started on {here}/data"),
+        (["rebuild", "state", "--keep"], "takes no --keep, --carry or --discard"),
         (["up", "--data-dir", "{here}/broken.json"], "is a file"),
     ],
 )
