@@ -74,20 +74,25 @@ def wait_for_old_files(clickhouse: ClickHouse, timeout_s: float) -> bool:
 
 
 def _tables(clickhouse: ClickHouse) -> list[str]:
-    """The table of events, and those that rebuilds were told to keep."""
+    """The table of events, those that rebuilds were told to keep, and that of a rebuild that is not finished."""
     rows = clickhouse.read(
-        "SELECT table FROM system.columns WHERE database = {database:String} AND name = 'blanked' "
-        "AND (table = 'event_log' OR startsWith(table, 'event_log_until_')) ORDER BY table",
-        {"database": clickhouse.database},
+        "SELECT database, table FROM system.columns "
+        "WHERE has({databases:Array(String)}, database) AND name = 'blanked' "
+        "AND (table = 'event_log' OR startsWith(table, 'event_log_until_')) ORDER BY database, table",
+        {"databases": _databases(clickhouse)},
     )
-    return [table for (table,) in rows]
+    return [f"{database}.{table}" for database, table in rows]
+
+
+def _databases(clickhouse: ClickHouse) -> list[str]:
+    return [clickhouse.database, f"{clickhouse.database}_rebuild"]
 
 
 def _old_parts(clickhouse: ClickHouse) -> set[str]:
     rows = clickhouse.read(
         "SELECT path FROM system.parts "
-        "WHERE database = {database:String} AND startsWith(table, 'event_log') AND NOT active",
-        {"database": clickhouse.database},
+        "WHERE has({databases:Array(String)}, database) AND startsWith(table, 'event_log') AND NOT active",
+        {"databases": _databases(clickhouse)},
     )
     return {path for (path,) in rows}
 
