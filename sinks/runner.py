@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -305,6 +305,8 @@ class SinkRunner:
                 if self._assigned is None or place not in self._assigned:
                     continue  # revoked while it was on its way
                 record = Record.from_message(message)
+                if record.offset < self._position(place):
+                    continue  # read again after a rebalance
                 self._pending.add(self._decoded(record))
                 self._move(place, record.offset + 1)
             elif failure.code() == KafkaError._PARTITION_EOF:
@@ -468,10 +470,11 @@ class SinkRunner:
             for at in partitions
         ]
         consumer.incremental_assign(starts)
+        places = {(at.topic, at.partition) for at in partitions}
+        self._keep(consumer, places)
         if self._holding:
-            consumer.pause(starts)
+            consumer.pause(consumer.assignment())
         with self._changed:
-            places = {(at.topic, at.partition) for at in partitions}
             for place in places:
                 self._written[place] = stored.get(place, 0)
             self._assigned = (self._assigned or frozenset()) | places
@@ -504,6 +507,17 @@ class SinkRunner:
             self._changed.notify_all()
         if not self._stopping.is_set():
             consumer.incremental_unassign(partitions)
+            self._keep(consumer, gone)
+            if self._holding:
+                consumer.pause(consumer.assignment())
+
+    def _keep(self, consumer: Consumer, moved: Collection[Place]) -> None:
+        """Amid a rebalance, see to it that reading goes on at the right place where nothing moved: librdkafka pauses
+        those partitions meanwhile, and to resume them alone goes wrong (:func:`~sinks.kafka_reading.read_from`).
+        """
+        kept = (self._assigned or frozenset()).difference(moved)
+        if kept:
+            read_from(consumer, {place: self._position(place) for place in kept})
 
     def _position(self, place: Place) -> int:
         return self._pending.moved.get(place, self._written.get(place, 0))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-from confluent_kafka import Consumer, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, MemberDescription
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, GroupMember
 
 from streams.changelog import Restored
 from streams.errors import ClusterError, GroupBusyError, TransactionAbortedError
@@ -31,6 +31,8 @@ _LEAVE_S: Final = 20.0
 """How long members that have stopped may still be listed: a static one is until its session has timed out."""
 _JOIN_S: Final = 60.0
 _ASK_S: Final = 10.0
+_AGAIN_S: Final = 0.3
+_BEFORE_UUID: Final = -37
 _POLL_S: Final = 0.1
 _RESTORE_S: Final = 120.0
 _MOST_MESSAGES: Final = 5_000
@@ -197,19 +199,25 @@ class Custody:
                 )
             time.sleep(1.0)
 
-    def _others(self) -> list[MemberDescription]:
-        own = None if self._slot is None else instance_id(self._group, self._slot)
+    def _others(self) -> list[GroupMember]:
+        # The client's old call, which blocks: the newer one ends the process where it times out (streams.ownerless).
         admin = AdminClient({"log_level": 2, **self._kafka})
-        try:
-            described = admin.describe_consumer_groups([self._group], request_timeout=_ASK_S)[self._group].result()
-        except KafkaException as error:
-            raise ClusterError(f"group {self._group} can't be described: {error.args[0].str()}") from error
+        deadline = time.monotonic() + _LEAVE_S
+        while True:
+            try:
+                found = admin.list_groups(self._group, timeout=_ASK_S)
+                failure = next((group.error for group in found if group.error is not None), None)
+            except KafkaException as error:
+                failure = error.args[0]
+            if failure is None:
+                break
+            # A broker that has just started reads its groups first.
+            if failure.code() == KafkaError.GROUP_AUTHORIZATION_FAILED or time.monotonic() > deadline:
+                raise ClusterError(f"group {self._group} can't be described: {failure.name()}: {failure.str()}")
+            time.sleep(_AGAIN_S)
         mine = None if self._consumer is None else self._consumer.memberid()
-        return [
-            member
-            for member in described.members
-            if member.member_id != mine and (own is None or member.group_instance_id != own)
-        ]
+        own = None if self._slot is None else instance_id(self._group, self._slot)
+        return [member for group in found for member in group.members if member.id != mine and _named(member) != own]
 
     # The consumer's thread.
 
@@ -241,8 +249,13 @@ class Custody:
             consumer.incremental_unassign(partitions)
 
 
-def _told(member: MemberDescription) -> str:
-    return f"{member.group_instance_id or member.client_id} on {member.host.lstrip('/')}"
+def _named(member: GroupMember) -> str:
+    """What names the member: its id is its static name, else its client's, and a UUID."""
+    return str(member.id)[:_BEFORE_UUID]
+
+
+def _told(member: GroupMember) -> str:
+    return f"{_named(member)} on {member.client_host.lstrip('/')}"
 
 
 def _slices(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:

@@ -284,7 +284,9 @@ def test_told_to_stop_it_says_that_it_goes_on_later(world: World) -> None:
 def test_what_the_log_no_longer_holds_is_said_before_anything_is_made(world: World) -> None:
     good = world.rows()
     world.log.begins[EFFECTS, 0] = 20
-    with pytest.raises(HistoryLostError, match=r"effects\[0\] begins at offset 20 and 19 records of it are older.*--from"):
+    with pytest.raises(
+        HistoryLostError, match=r"effects\[0\] begins at offset 20 and 19 records of it are older.*--from"
+    ):
         world.rebuild()
     assert world.databases() == [world.clickhouse.database]
     report = world.rebuild(carry=True)

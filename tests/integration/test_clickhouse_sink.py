@@ -368,6 +368,46 @@ class Listing(Sink):
         self.calls.add(threading.get_ident())
 
 
+class Interrupted(Listing):
+    """Something is written whenever its runner asks where it stands, which it does amid each rebalance."""
+
+    def __init__(self, topics: Sequence[str], write: Callable[[], None]) -> None:
+        super().__init__(topics, {}, [])
+        self.written = 0
+        self._produce = write
+
+    def offsets(self) -> Offsets:
+        if self.store:
+            self._produce()
+            self.written += 1
+        return super().offsets()
+
+
+def test_a_rebalance_after_the_end_of_a_partition_skips_nothing(kafka: Any) -> None:
+    topic, other = kafka.topic("tasks", partitions=2), kafka.topic("tasks", partitions=1)
+    producer = transactional(kafka)
+    sink = Interrupted([topic], lambda: produce(producer, topic, ["x", "y"], partitions=2))
+    group = f"{topic}-group"
+    first = runner_for(kafka, sink, group=group, instance=None)
+    first.start()
+    try:
+        produce(producer, topic, [f"a{n}" for n in range(20)], partitions=2)
+        assert first.wait_caught_up(30)
+        time.sleep(0.5)  # all ends of partitions were heard of
+        second = runner_for(kafka, Listing([other], {}, []), group=group, instance=None)
+        second.start()
+        try:
+            assert second.wait_caught_up(40)
+        finally:
+            second.stop()
+        assert first.wait_caught_up(30)
+    finally:
+        first.stop()
+    assert sink.written > 0
+    expected = [(partition, offset) for partition, offset, _ in committed_records(kafka, topic, 2)]
+    assert sorted(sink.seen) == sorted(expected)
+
+
 def test_runners_share_partitions_and_hand_them_over(kafka: Any) -> None:
     topic, partitions = kafka.topic("tasks", partitions=6), 6
     producer = transactional(kafka)

@@ -63,5 +63,5 @@ def test_each_task_s_assignments_asked_the_directory(system: "SystemForTests") -
         f"where task_id = '{answer['task_id']}' and type like '%Queried'"
     )
     assert as_json(system.run("query", "--json", asked)) == [{"target": "directory"}]
-    replayed = as_json(system.run("replay", "--task", answer["task_id"], "--json"))
+    replayed = as_json(system.run("replay audit", "--task", answer["task_id"], "--json"))
     assert replayed["ok"]

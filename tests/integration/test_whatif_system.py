@@ -122,9 +122,10 @@ def test_killed_halfway_it_goes_on_where_it_was(system: "SystemForTests", many: 
     (tmp_path / "answer.txt").write_text("Answer from the passages, briefly.")
     options = ["--json", *(part for task in many for part in ("--task", task)), "--recall", "live"]
     options += ["--prompt", f"answer={tmp_path / 'answer.txt'}", "--ask", "openai", "--model", "local"]
-    with chat_server(wait_s=0.03, refuse=7, slow=11) as calm:
+    # Which calls are refused goes by what they say: with one in seven it could be none.
+    with chat_server(wait_s=0.03, refuse=2, slow=11) as calm:
         whole = json.loads(system.run("replay what-if", *options, "--base-url", calm.url, "--id", "whole").stdout)
-    with chat_server(wait_s=0.03, refuse=7, slow=11) as chat:
+    with chat_server(wait_s=0.03, refuse=2, slow=11) as chat:
         arguments = (*options, "--base-url", chat.url, "--id", "killed")
         folder = system.data_dir / "what-if" / "killed"
         process = system.start("replay what-if", *arguments)
