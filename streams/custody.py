@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, GroupMember
+from confluent_kafka.admin import AdminClient, MemberDescription
 
 from streams.changelog import Restored
 from streams.errors import ClusterError, GroupBusyError, TransactionAbortedError
@@ -32,7 +32,6 @@ _LEAVE_S: Final = 20.0
 _JOIN_S: Final = 60.0
 _ASK_S: Final = 10.0
 _AGAIN_S: Final = 0.3
-_BEFORE_UUID: Final = -37
 _POLL_S: Final = 0.1
 _RESTORE_S: Final = 120.0
 _MOST_MESSAGES: Final = 5_000
@@ -199,25 +198,40 @@ class Custody:
                 )
             time.sleep(1.0)
 
-    def _others(self) -> list[GroupMember]:
-        # The client's old call, which blocks: the newer one ends the process where it times out (streams.ownerless).
+    def _others(self) -> list[MemberDescription]:
+        self._find_coordinator()
         admin = AdminClient({"log_level": 2, **self._kafka})
         deadline = time.monotonic() + _LEAVE_S
         while True:
             try:
-                found = admin.list_groups(self._group, timeout=_ASK_S)
-                failure = next((group.error for group in found if group.error is not None), None)
-            except KafkaException as error:
-                failure = error.args[0]
-            if failure is None:
+                described = admin.describe_consumer_groups([self._group], request_timeout=_ASK_S)[self._group].result()
                 break
-            # A broker that has just started reads its groups first.
-            if failure.code() == KafkaError.GROUP_AUTHORIZATION_FAILED or time.monotonic() > deadline:
-                raise ClusterError(f"group {self._group} can't be described: {failure.name()}: {failure.str()}")
-            time.sleep(_AGAIN_S)
-        mine = None if self._consumer is None else self._consumer.memberid()
+            except KafkaException as error:
+                said: KafkaError = error.args[0]
+                if said.code() == KafkaError.GROUP_AUTHORIZATION_FAILED or time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"group {self._group} can't be described: {said.name()}: {said.str()}"
+                    ) from error
+                time.sleep(_AGAIN_S)
         own = None if self._slot is None else instance_id(self._group, self._slot)
-        return [member for group in found for member in group.members if member.id != mine and _named(member) != own]
+        mine = None if self._consumer is None else self._consumer.memberid()
+        return [
+            member
+            for member in described.members
+            if member.member_id != mine and (own is None or member.group_instance_id != own)
+        ]
+
+    def _find_coordinator(self) -> None:
+        """Wait until the group's coordinator answers: a broker that has just started reads its groups first. The calls
+        that ask for members don't wait for that, and end the process where it takes them too long (streams.ownerless).
+        """
+        consumer = Consumer({**self._kafka, "group.id": self._group, "enable.auto.commit": False})
+        try:
+            committed_offsets(
+                self._kafka, self._group, consumer, [TopicPartition(self._topics[0], 0)], threading.Event()
+            )
+        finally:
+            consumer.close()
 
     # The consumer's thread.
 
@@ -249,13 +263,8 @@ class Custody:
             consumer.incremental_unassign(partitions)
 
 
-def _named(member: GroupMember) -> str:
-    """What names the member: its id is its static name, else its client's, and a UUID."""
-    return str(member.id)[:_BEFORE_UUID]
-
-
-def _told(member: GroupMember) -> str:
-    return f"{_named(member)} on {member.client_host.lstrip('/')}"
+def _told(member: MemberDescription) -> str:
+    return f"{member.group_instance_id or member.client_id} on {member.host.lstrip('/')}"
 
 
 def _slices(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
