@@ -15,8 +15,9 @@ export PYTHONDONTWRITEBYTECODE :=
 
 LINTS := "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"
 
-# Three for two cores, since many tests wait. tests/conftest.py says which stay together, and which go first.
-PYTEST := pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Two for two cores: many tests wait, but the longest start whole systems, and three of those are too much at once.
+# tests/conftest.py says which stay together, and which go first.
+PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test chaos bench lint lock clean
 .DEFAULT_GOAL := demo

@@ -331,7 +331,7 @@ async def test_a_rank_that_is_full_waits_and_the_others_flow(kafka: Any) -> None
         asked = time.monotonic()
         produce(kafka, topics[HIGH], 1)
         await listener.until(lambda: listener.count(topics[HIGH]) == 5001)
-        assert time.monotonic() - asked < 1
+        assert time.monotonic() - asked < 5
         listener.give_back(LOW)
         await listener.until(lambda: listener.count(topics[LOW]) == 40_000)
         assert listener.received_of[topics[LOW], 0] == listener.received_of[topics[LOW], 1] == list(range(20_000))
